@@ -1,0 +1,1 @@
+"""Number formats: eight-bit and four-bit floats with power-of-two scales. Torch only, no kernels."""

@@ -1,0 +1,116 @@
+"""Hybrid attention (report 2.3): a sliding window of raw keys, plus compressed entries of everything before.
+
+One class serves the three kinds of layer, told apart by their compression ratio R:
+
+- R = 0: window only.
+- R = 4, Compressed Sparse Attention (CSA): entries of 4 tokens; the lightning indexer picks M of them for each query.
+- R = 128, Heavily Compressed Attention (HCA): entries of 128 tokens; every visible one is attended to.
+
+And one path serves training, prefill, chunks and decoding: new tokens come in, the state brings what was before, and
+
+    q_lat = norm(x W_qa),  q_h = unit-RMS(q_lat W_qb)_h,  k = norm(x W_kv)      one key head, which is also the value
+    rotate the last R values of q and k at their positions
+    o_h = softmax over {window keys} + {entries} + sink
+    rotate the last R values of o back at the query's position
+    out = concat_g(o_group W_oa^g) W_ob
+
+The rotation back is needed because keys are values: without it, outputs would carry the absolute position of their keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from leadline.model.cache_format import CacheFormat
+from leadline.model.compressor import Compressor
+from leadline.model.config import CSA_RATIO, ModelConfig
+from leadline.model.indexer import Indexer, IndexOperands
+from leadline.model.linear import Linear, Norm
+from leadline.model.segment import SegmentIndex
+from leadline.model.signals import IndexerSignals, Training
+from leadline.model.state import LayerState
+from leadline.ops.indexer_loss import indexer_loss, indexer_recall
+from leadline.ops.rms_norm import rms_norm
+from leadline.ops.rope import rope
+from leadline.ops.sparse_attention import sparse_attention
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, ratio: int):
+        super().__init__()
+        self.ratio = ratio
+        self.heads, self.width = config.num_attention_heads, config.head_dim
+        self.rotary_width, self.groups, self.eps = config.qk_rope_head_dim, config.o_groups, config.rms_norm_eps
+        self.wq_a = Linear(config.hidden_size, config.q_lora_rank)
+        self.q_norm = Norm(config.q_lora_rank)
+        self.wq_b = Linear(config.q_lora_rank, self.heads * self.width)
+        self.wkv = Linear(config.hidden_size, self.width)
+        self.kv_norm = Norm(self.width)
+        self.wo_a = Linear(self.heads * self.width // self.groups, self.groups * config.o_lora_rank)
+        self.wo_b = Linear(self.groups * config.o_lora_rank, config.hidden_size)
+        self.attn_sink = nn.Parameter(torch.empty(self.heads))
+        self.compressor = Compressor(config, ratio, self.width) if ratio else None
+        self.indexer = Indexer(config) if ratio == CSA_RATIO else None
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        index: SegmentIndex,
+        state: LayerState | None,
+        cache_format: CacheFormat,
+        training: Training | None = None,
+    ) -> tuple[Tensor, IndexerSignals | None]:
+        """Attention output [T, D], and the indexer's signals when a CSA layer is being trained."""
+        rotation = index.rotation(self.ratio)
+        q_latent_TQ = rms_norm(self.wq_a(x_TD), self.q_norm.weight, self.eps)
+        q_THK = self.wq_b(q_latent_TQ).unflatten(-1, (self.heads, self.width))
+        q_THK = rope(rms_norm(q_THK, None, self.eps), *rotation)
+        keys_TK = rope(rms_norm(self.wkv(x_TD), self.kv_norm.weight, self.eps), *rotation)
+        keys_TK = cache_format.key(keys_TK, self.rotary_width)
+        keys_XK = keys_TK if state is None else state.with_past(keys_TK, index.ring)
+
+        entries_CK = picked_TM = operands = None
+        if self.compressor is not None:
+            entries_CK = self.compressor(
+                x_TD, index, state.entries if state else None, lambda x: cache_format.key(x, self.rotary_width)
+            )
+        if self.indexer is not None:
+            operands = self.indexer.operands(x_TD, q_latent_TQ, index, state.index if state else None, cache_format)
+            picked_TM = self.indexer.pick(operands, index)
+
+        attended_TM = None if training and training.dense else picked_TM
+        o_THK, lse_TH = sparse_attention(
+            q_THK, keys_XK, entries_CK, self.attn_sink, index.reach(self.ratio), attended_TM
+        )
+        signals = None
+        if training and operands is not None and entries_CK is not None and picked_TM is not None:
+            signals = self._signals(operands, q_THK, entries_CK, lse_TH, picked_TM, index, training)
+        return self._project(rope(o_THK, *rotation, inverse=True)), signals
+
+    def _project(self, o_THK: Tensor) -> Tensor:
+        """Grouped output (report 2.3.3): each group of heads has its own map to L, then all groups together to D."""
+        o_OTX = o_THK.flatten(1).unflatten(1, (self.groups, -1)).transpose(0, 1)
+        latent_OTL = torch.bmm(o_OTX, self.wo_a.weight.unflatten(0, (self.groups, -1)).mT)
+        return self.wo_b(latent_OTL.transpose(0, 1).flatten(1))
+
+    def _signals(
+        self,
+        operands: IndexOperands,
+        q_THK: Tensor,
+        entries_CK: Tensor,
+        lse_TH: Tensor,
+        picked_TM: Tensor,
+        index: SegmentIndex,
+        training: Training,
+    ) -> IndexerSignals:
+        reach = index.reach(CSA_RATIO)
+        q_THK, entries_CK = q_THK.detach(), entries_CK.detach()
+        kl_T = indexer_loss(
+            *operands, q_THK, entries_CK, lse_TH, reach, None if training.dense else picked_TM
+        )
+        sees_T = reach.visible_T > 0 if reach.visible_T is not None else torch.zeros_like(kl_T, dtype=torch.bool)
+        step = max(1, len(q_THK) // max(training.recall_queries, 1))
+        queries = torch.arange(step - 1, len(q_THK), step, device=q_THK.device)[: training.recall_queries]
+        recall = indexer_recall(q_THK, entries_CK, lse_TH, reach, picked_TM, training.dense, queries)
+        return IndexerSignals(kl_T.sum() / sees_T.sum().clamp_min(1), recall)

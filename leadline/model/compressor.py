@@ -1,0 +1,49 @@
+"""The token-level compressor (report 2.3.1, 2.3.2): R tokens become one entry.
+
+Each token t brings a value u_t = x_t W_kv and a score s_t = x_t W_gate + ape[t mod R]. An entry is the sum of its tokens'
+values, weighted for each channel by the softmax of their scores over the window.
+
+- Ratio 128 (HCA): entry j pools the tokens 128 j .. 128 j + 127.
+- Ratio 4 (CSA): windows overlap. Tokens carry two halves; entry j pools the first half of the tokens of window j-1 and the
+  second half of those of window j, eight slots in all. For j = 0 the first four slots are empty.
+
+A pooled entry is normalised, rotated at the position of its window's first token, and, when the cache is FP8 or FP4,
+rounded to what the cache can hold. The indexer owns a second, narrower compressor of the same kind.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from leadline.model.cache_format import Rounding
+from leadline.model.config import CSA_RATIO, ModelConfig
+from leadline.model.linear import Linear, Norm, linear_fp32
+from leadline.model.segment import SegmentIndex
+from leadline.model.state import CompressorState
+from leadline.ops.gated_pool import gated_pool
+from leadline.ops.rms_norm import rms_norm
+from leadline.ops.rope import rope
+
+
+class Compressor(nn.Module):
+    """ape FP32 [R, E]; wkv, wgate [E, D] evaluated in FP32; norm [width]. E = 2 x width when windows overlap."""
+
+    def __init__(self, config: ModelConfig, ratio: int, width: int):
+        super().__init__()
+        self.ratio, self.width, self.eps = ratio, width, config.rms_norm_eps
+        columns = 2 * width if ratio == CSA_RATIO else width
+        self.ape = nn.Parameter(torch.empty(ratio, columns))
+        self.wkv = Linear(config.hidden_size, columns)
+        self.wgate = Linear(config.hidden_size, columns)
+        self.norm = Norm(width)
+
+    def forward(self, x_TD: Tensor, index: SegmentIndex, state: CompressorState | None, rounding: Rounding) -> Tensor:
+        """All entries the layer can see, [C, width] in the dtype of x: rows as `index.reach(ratio)` counts them."""
+        rows = index.pool[self.ratio]
+        values_TE = linear_fp32(x_TD, self.wkv.weight)
+        scores_TE = linear_fp32(x_TD, self.wgate.weight) + self.ape[index.positions_T % self.ratio]
+        past = (values_TE, scores_TE) if state is None else state.with_past(values_TE, scores_TE)
+        new_CD = gated_pool(*past, rows.rows_CG, self.width).to(x_TD.dtype)
+        new_CD = rounding(rope(rms_norm(new_CD, self.norm.weight, self.eps), *rows.rotation))
+        return new_CD if state is None else state.store(values_TE, scores_TE, new_CD, rows)

@@ -1,0 +1,93 @@
+"""Mixture of experts (report 2.1): one shared expert for every token, plus A of E routed ones.
+
+    out_t = shared(x_t) + sum_a expert_a(x_t),     expert(x) = W2 (weight x silu(min(W1 x, 10)) x clamp(W3 x, -10, 10))
+
+The gate weight is applied before the down projection: the same as after it in exact arithmetic, not under quantisation.
+Tokens are sorted by expert, so that each expert's matrix meets one run of rows; the sum over a token's experts is FP32 and
+in the order of its choices.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from leadline.model.config import ModelConfig
+from leadline.model.linear import Linear
+from leadline.model.router import Gate, Route
+from leadline.model.segment import Segment
+from leadline.model.signals import ExpertSignals
+from leadline.ops.grouped_linear import grouped_linear
+from leadline.ops.precision import wide
+from leadline.ops.swiglu import swiglu
+from leadline.ops.token_permutation import combine, dispatch, expert_order
+
+
+class Experts(nn.Module):
+    """The routed experts' matrices, stacked: w1 (gate), w3 (up) [E, F, D], w2 (down) [E, D, F]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        e, f, d = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        self.limit = config.swiglu_limit
+        self.w1 = nn.Parameter(torch.empty(e, f, d))
+        self.w2 = nn.Parameter(torch.empty(e, d, f))
+        self.w3 = nn.Parameter(torch.empty(e, f, d))
+
+    def forward(self, x_TD: Tensor, route: Route) -> tuple[Tensor, Tensor]:
+        """(sum over each token's experts, FP32 [T, D]; tokens per expert, int64 [E])."""
+        choices = route.experts_TA.shape[1]
+        order_X, counts_E = expert_order(route.experts_TA, len(self.w1))
+        x_XD = dispatch(x_TD, order_X, choices)
+        gate_XF, up_XF = grouped_linear(x_XD, self.w1, counts_E), grouped_linear(x_XD, self.w3, counts_E)
+        hidden_XF = swiglu(gate_XF, up_XF, self.limit, route.weights_TA.flatten()[order_X])
+        return combine(grouped_linear(hidden_XF, self.w2, counts_E), order_X, choices), counts_E
+
+
+class SharedExpert(nn.Module):
+    """The expert that every token visits: w1, w3 [F, D], w2 [D, F]; no gate weight."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.limit = config.swiglu_limit
+        self.w1 = Linear(config.hidden_size, config.moe_intermediate_size)
+        self.w2 = Linear(config.moe_intermediate_size, config.hidden_size)
+        self.w3 = Linear(config.hidden_size, config.moe_intermediate_size)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.w2(swiglu(self.w1(x_TD), self.w3(x_TD), self.limit))
+
+
+def balance_loss(route: Route, segment: Segment) -> Tensor:
+    """Sequence-wise balance (report 4.2.2): sum_e f_e P_e, averaged over the sequences by their length; scalar FP32.
+
+    f_e = E / (A T_n) x tokens sent to e, P_e = mean over the sequence of score_e / sum of scores. It is 1 when balanced.
+    """
+    num_sequences, (num_tokens, num_experts) = len(segment.lengths), route.scores_TE.shape
+    choices = route.experts_TA.shape[1]
+    sequence_T = segment.sequence_T
+    slots = (sequence_T[:, None] * num_experts + route.experts_TA).flatten()
+    counts_NE = torch.bincount(slots, minlength=num_sequences * num_experts).view(num_sequences, num_experts)
+    share_TE = route.scores_TE / route.scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
+    share_NE = share_TE.new_zeros(num_sequences, num_experts).index_add(0, sequence_T, share_TE)
+    lengths_N1 = torch.bincount(sequence_T, minlength=num_sequences)[:, None]
+    load_NE = counts_NE * (num_experts / choices) / lengths_N1
+    return (load_NE * share_NE).sum() / num_tokens
+
+
+class MoE(nn.Module):
+    def __init__(self, config: ModelConfig, hashed: bool):
+        super().__init__()
+        self.hashed = hashed
+        self.gate = Gate(config, hashed)
+        self.experts = Experts(config)
+        self.shared_experts = SharedExpert(config)
+
+    def forward(self, x_TD: Tensor, segment: Segment, training: bool = False) -> tuple[Tensor, ExpertSignals | None]:
+        route = self.gate(x_TD, segment.tokens_T)
+        routed_TD, counts_E = self.experts(x_TD, route)
+        out_TD = (routed_TD + wide(self.shared_experts(x_TD))).to(x_TD.dtype)
+        if not training:
+            return out_TD, None
+        loss = routed_TD.new_zeros(()) if self.hashed else balance_loss(route, segment)
+        return out_TD, ExpertSignals(loss, counts_E)

@@ -1,0 +1,109 @@
+"""The whole model: embedding, S residual streams, blocks, head.
+
+    model = Transformer(config)
+    out = model(Segment.of(prompt), state)              new tokens given what the state holds
+    logits = model.logits(model.hidden(out.streams_TSD))     only for the rows you ask for
+
+Training, prefill, chunked prefill and decoding are this one call; see `segment.py` and `state.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from leadline.model.block import Block
+from leadline.model.cache_format import EXACT, CacheFormat
+from leadline.model.config import ModelConfig
+from leadline.model.hyper_connections import StreamHead, spread
+from leadline.model.linear import Linear, Norm, linear_fp32
+from leadline.model.mtp import MTPBlock
+from leadline.model.segment import Segment, SegmentIndex
+from leadline.model.signals import BlockSignals, Training
+from leadline.model.state import State
+from leadline.ops.rms_norm import rms_norm
+
+
+@dataclass(frozen=True)
+class Output:
+    """streams_TSD: the residual streams after the last block. index: row indices of the segment, to be given to the MTP
+    block. signals: one per block when training, else empty."""
+
+    streams_TSD: Tensor
+    index: SegmentIndex
+    signals: list[BlockSignals]
+
+
+class Transformer(nn.Module):
+    """DeepSeek-V4. Parameters are allocated, not initialised: load weights, or call `init.initialize`.
+
+    with_mtp: whether the MTP blocks exist; they are needed for training and speculation only.
+    """
+
+    def __init__(self, config: ModelConfig, *, cache_format: CacheFormat = EXACT, with_mtp: bool = True):
+        super().__init__()
+        self.config, self.cache_format = config, cache_format
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, _weight=_table(config))
+        self.layers = nn.ModuleList(
+            Block(config, ratio, config.is_hash_layer(number)) for number, ratio in enumerate(config.layer_ratios)
+        )
+        self.hc_head = StreamHead(config)
+        self.norm = Norm(config.hidden_size)
+        self.head = Linear(config.hidden_size, config.vocab_size)
+        self.mtp = nn.ModuleList(MTPBlock(config) for _ in range(config.num_nextn_predict_layers if with_mtp else 0))
+
+    def forward(self, segment: Segment, state: State | None = None, training: Training | None = None) -> Output:
+        """Streams after the last block for the segment's tokens. The state, when given, is updated in place."""
+        index = self.index(segment, state)
+        x_TSD = spread(self.embed(segment.tokens_T), self.config.hc_mult)
+        signals = []
+        for number, block in enumerate(self.layers):
+            layer_state = None if state is None else state.layers[number]
+            arguments = (x_TSD, index, layer_state, self.cache_format, training)
+            if training is not None and training.recompute:
+                x_TSD, block_signals = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x_TSD, block_signals = block(*arguments)
+            if block_signals is not None:
+                signals.append(block_signals)
+        return Output(x_TSD, index, signals)
+
+    def index(self, segment: Segment, state: State | None) -> SegmentIndex:
+        """Row indices of a segment; makes room in the state."""
+        if state is None:
+            return SegmentIndex(segment, self.config, 0, None)
+        if torch.is_grad_enabled():
+            raise ValueError("a state holds no gradients: run under torch.no_grad(), or train without a state")
+        state.reserve(segment)
+        capacity = {ratio: state.capacity(ratio) for ratio in set(self.config.layer_ratios) - {0}}
+        return SegmentIndex(segment, self.config, state.slots, capacity)
+
+    def hidden(self, streams_TSD: Tensor) -> Tensor:
+        """The streams' collapse and the final norm: [T, D], for all rows or the ones you pass."""
+        return rms_norm(self.hc_head(streams_TSD), self.norm.weight, self.config.rms_norm_eps)
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """FP32 logits [T, V]."""
+        return linear_fp32(hidden_TD, self.head.weight)
+
+    def predict_second(
+        self, output: Output, next_tokens_T: Tensor, state: State | None = None, training: Training | None = None
+    ) -> tuple[Tensor, BlockSignals | None]:
+        """The MTP block: hidden [T, D] whose logits predict the token after `next_tokens_T`. Call it right after
+        `forward` with the same segment, so that its window state moves in step with the trunk's."""
+        if not self.mtp:
+            raise ValueError("this model was built without its MTP block")
+        block = self.mtp[0]
+        assert isinstance(block, MTPBlock)
+        layer_state = None if state is None else state.mtp[0]
+        return block.predict(
+            output.streams_TSD, self.embed(next_tokens_T), output.index, layer_state, self.cache_format, training
+        )
+
+
+def _table(config: ModelConfig) -> Tensor:
+    # nn.Embedding would draw 129,280 rows of random numbers that are overwritten at once
+    return torch.empty(config.vocab_size, config.hidden_size)

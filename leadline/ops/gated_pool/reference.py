@@ -1,0 +1,59 @@
+"""Gated pooling in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def _halves(num_slots: int, num_columns: int, width: int) -> list[tuple[slice, slice]]:
+    """Which columns each group of slots reads."""
+    if num_columns == width:
+        return [(slice(0, num_slots), slice(0, width))]
+    half = num_slots // 2
+    return [(slice(0, half), slice(0, width)), (slice(half, num_slots), slice(width, 2 * width))]
+
+
+def _gather(source_YE: Tensor, rows_CG: Tensor, width: int) -> Tensor:
+    parts = [
+        source_YE[:, columns][rows_CG[:, slots].clamp_min(0)]
+        for slots, columns in _halves(rows_CG.shape[1], source_YE.shape[1], width)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def _gates(scores_YE: Tensor, rows_CG: Tensor, width: int) -> Tensor:
+    scores_CGD = _gather(scores_YE, rows_CG, width)
+    scores_CGD.masked_fill_((rows_CG < 0)[..., None], float("-inf"))
+    return torch.softmax(scores_CGD, dim=1)
+
+
+def _scatter(d_CGD: Tensor, rows_CG: Tensor, like_YE: Tensor) -> Tensor:
+    d_YE = torch.zeros_like(like_YE)
+    for slots, columns in _halves(rows_CG.shape[1], like_YE.shape[1], d_CGD.shape[-1]):
+        filled = rows_CG[:, slots] >= 0
+        d_YE[:, columns][rows_CG[:, slots][filled]] = d_CGD[:, slots][filled]
+    return d_YE
+
+
+class GatedPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values_YE: Tensor, scores_YE: Tensor, rows_CG: Tensor, width: int) -> Tensor:
+        ctx.save_for_backward(values_YE, scores_YE, rows_CG)
+        ctx.width = width
+        gates_CGD = _gates(scores_YE, rows_CG, width)
+        return (gates_CGD * _gather(values_YE, rows_CG, width)).sum(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_CD: Tensor) -> tuple[Tensor | None, ...]:
+        values_YE, scores_YE, rows_CG = ctx.saved_tensors
+        gates_CGD = _gates(scores_YE, rows_CG, ctx.width)
+        weighted_CGD = gates_CGD * d_CD[:, None]
+        values_CGD = _gather(values_YE, rows_CG, ctx.width)
+        values_CGD *= weighted_CGD  # the gradient of gate x value, before the softmax
+        dscores_CGD = values_CGD - gates_CGD * values_CGD.sum(1, keepdim=True)
+        return _scatter(weighted_CGD, rows_CG, values_YE), _scatter(dscores_CGD, rows_CG, scores_YE), None, None

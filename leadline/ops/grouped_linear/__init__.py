@@ -1,0 +1,16 @@
+"""Grouped linear: each run of rows times its own matrix, as the experts need it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from leadline.ops.grouped_linear.reference import GroupedLinear
+
+
+def grouped_linear(x_XD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    """y[rows of expert e] = x[rows of expert e] @ weight[e]^T.
+
+    x_XD: [X, D], rows sorted by expert. weight_EFD: [E, F, D]. counts_E: int64 [E], rows of each expert, sum X.
+    Returns [X, F] in the dtype of x. Differentiable in x and weight; an expert without rows gets a zero gradient.
+    """
+    return GroupedLinear.apply(x_XD, weight_EFD, counts_E)

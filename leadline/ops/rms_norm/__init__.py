@@ -1,0 +1,16 @@
+"""RMS norm, with or without a learned weight."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from leadline.ops.rms_norm.reference import RMSNorm
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last axis (report 2.3.3).
+
+    x: [..., D] of any float dtype. weight: [D], or None for the weightless norm of the query heads. The arithmetic is
+    FP32, rounded once at the end to the dtype of x. Differentiable in x and weight; only x is kept for the backward.
+    """
+    return RMSNorm.apply(x, weight, eps)

@@ -1,0 +1,17 @@
+"""The k largest scores of each row, with ties decided."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from leadline.ops.select_topk.reference import select_topk_reference
+
+
+def select_topk(scores_TC: Tensor, visible_T: Tensor, k: int) -> Tensor:
+    """Columns of the k largest of the first visible_t scores of each row; ties go to the lower column.
+
+    scores_TC: FP32 [T, C]. visible_T: int64 [T], at most C. Returns int64 [T, k], columns in ascending order, -1 behind
+    them when fewer than k are visible. The order is fixed so that sums over the picks do not depend on the scores.
+    Raises ValueError on a score that is not a number.
+    """
+    return select_topk_reference(scores_TC, visible_T, k)

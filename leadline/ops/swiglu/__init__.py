@@ -1,0 +1,16 @@
+"""Clamped SwiGLU, with the gate weight of a routed expert folded in."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from leadline.ops.swiglu.reference import SwiGLU
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float, scale: Tensor | None = None) -> Tensor:
+    """h = silu(min(gate, limit)) * clamp(up, -limit, limit) * scale (report 4.2.3).
+
+    gate, up: [X, F]. scale: FP32 [X] or None; a routed expert's gate weight belongs here, before the down projection.
+    FP32 arithmetic, dtype of gate returned. Differentiable in all three; keeps only its inputs.
+    """
+    return SwiGLU.apply(gate, up, scale, limit)
