@@ -1,8 +1,8 @@
 """E8M0: a power-of-two scale, stored as one biased exponent byte.
 
-The published kernels choose the scale of a block as 2^ceil(log2(amax / largest)), so that the largest value of the block
-never overflows. The exponent is taken from the bits of the float, not from a logarithm: log2 of 2^k is not exactly k on
-every device.
+The published kernels choose the scale of a block as 2^ceil(log2(amax / largest)), so that the largest value of the
+block never overflows. The exponent is taken from the bits of the float, not from a logarithm: log2 of 2^k is not
+exactly k on every device.
 """
 
 from __future__ import annotations

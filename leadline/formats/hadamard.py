@@ -23,4 +23,3 @@ def rotate(x: Tensor) -> Tensor:
         y = torch.stack((first + second, first - second), dim=-2).flatten(-3)
         step *= 2
     return (y * width**-0.5).to(x.dtype)
-

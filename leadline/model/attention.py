@@ -14,7 +14,8 @@ And one path serves training, prefill, chunks and decoding: new tokens come in, 
     rotate the last R values of o back at the query's position
     out = concat_g(o_group W_oa^g) W_ob
 
-The rotation back is needed because keys are values: without it, outputs would carry the absolute position of their keys.
+The rotation back is needed because keys are values: without it, outputs would carry the absolute position of their
+keys.
 """
 
 from __future__ import annotations
@@ -106,9 +107,7 @@ class Attention(nn.Module):
     ) -> IndexerSignals:
         reach = index.reach(CSA_RATIO)
         q_THK, entries_CK = q_THK.detach(), entries_CK.detach()
-        kl_T = indexer_loss(
-            *operands, q_THK, entries_CK, lse_TH, reach, None if training.dense else picked_TM
-        )
+        kl_T = indexer_loss(*operands, q_THK, entries_CK, lse_TH, reach, None if training.dense else picked_TM)
         sees_T = reach.visible_T > 0 if reach.visible_T is not None else torch.zeros_like(kl_T, dtype=torch.bool)
         step = max(1, len(q_THK) // max(training.recall_queries, 1))
         queries = torch.arange(step - 1, len(q_THK), step, device=q_THK.device)[: training.recall_queries]

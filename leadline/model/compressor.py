@@ -1,11 +1,11 @@
 """The token-level compressor (report 2.3.1, 2.3.2): R tokens become one entry.
 
-Each token t brings a value u_t = x_t W_kv and a score s_t = x_t W_gate + ape[t mod R]. An entry is the sum of its tokens'
-values, weighted for each channel by the softmax of their scores over the window.
+Each token t brings a value u_t = x_t W_kv and a score s_t = x_t W_gate + ape[t mod R]. An entry is the sum of its
+tokens' values, weighted for each channel by the softmax of their scores over the window.
 
 - Ratio 128 (HCA): entry j pools the tokens 128 j .. 128 j + 127.
-- Ratio 4 (CSA): windows overlap. Tokens carry two halves; entry j pools the first half of the tokens of window j-1 and the
-  second half of those of window j, eight slots in all. For j = 0 the first four slots are empty.
+- Ratio 4 (CSA): windows overlap. Tokens carry two halves; entry j pools the first half of the tokens of window j-1 and
+  the second half of those of window j, eight slots in all. For j = 0 the first four slots are empty.
 
 A pooled entry is normalised, rotated at the position of its window's first token, and, when the cache is FP8 or FP4,
 rounded to what the cache can hold. The indexer owns a second, narrower compressor of the same kind.

@@ -108,7 +108,9 @@ class ModelConfig:
         object.__setattr__(self, "compress_ratios", tuple(self.compress_ratios))
         for name, value in self.__dict__.items():
             expected = _FIELD_KINDS.get(name)
-            if expected is not None and (not isinstance(value, expected) or isinstance(value, bool) != (expected is bool)):
+            if expected is not None and (
+                not isinstance(value, expected) or isinstance(value, bool) != (expected is bool)
+            ):
                 kinds = expected if isinstance(expected, tuple) else (expected,)
                 _refuse(name, value, f"must be of type {' or '.join(kind.__name__ for kind in kinds)}")
         _check_rules(self)
@@ -267,7 +269,9 @@ def _fold_yarn(values: dict[str, Any], yarn: Any, where: str) -> None:
     if kind != "yarn":
         _refuse(f"{where}.type", kind, "must be 'yarn'")
     if yarn.get("attention_factor") not in (None, 1, 1.0):
-        _refuse(f"{where}.attention_factor", yarn["attention_factor"], "must be 1: V4 never scales the rotary amplitude")
+        _refuse(
+            f"{where}.attention_factor", yarn["attention_factor"], "must be 1: V4 never scales the rotary amplitude"
+        )
     for there, here in {
         "factor": "rope_factor",
         "original_max_position_embeddings": "original_max_position_embeddings",
@@ -327,7 +331,14 @@ def _check_rules(c: ModelConfig) -> None:
     ):  # fmt: skip
         if getattr(c, name) < 1:
             _refuse(name, getattr(c, name), "must be at least 1")
-    for name in ("hc_eps", "rms_norm_eps", "rope_theta", "compress_rope_theta", "routed_scaling_factor", "swiglu_limit"):
+    for name in (
+        "hc_eps",
+        "rms_norm_eps",
+        "rope_theta",
+        "compress_rope_theta",
+        "routed_scaling_factor",
+        "swiglu_limit",
+    ):
         if not getattr(c, name) > 0:
             _refuse(name, getattr(c, name), "must be positive")
     for name, only in {
@@ -358,7 +369,7 @@ def _check_rules(c: ModelConfig) -> None:
         _refuse("compress_ratios", list(c.compress_ratios), "the entries of the MTP blocks must be 0")
     if c.num_nextn_predict_layers < 0:
         _refuse("num_nextn_predict_layers", c.num_nextn_predict_layers, "must not be negative")
-    if not 0 <= c.num_hash_layers:
+    if not c.num_hash_layers >= 0:
         _refuse("num_hash_layers", c.num_hash_layers, "must not be negative")
     if c.num_attention_heads % c.o_groups:
         _refuse("o_groups", c.o_groups, f"must divide num_attention_heads ({c.num_attention_heads})")
@@ -368,7 +379,9 @@ def _check_rules(c: ModelConfig) -> None:
         if getattr(c, name) < c.qk_rope_head_dim:
             _refuse(name, getattr(c, name), f"must be at least qk_rope_head_dim ({c.qk_rope_head_dim})")
     if c.num_experts_per_tok > c.n_routed_experts:
-        _refuse("num_experts_per_tok", c.num_experts_per_tok, f"must not exceed n_routed_experts ({c.n_routed_experts})")
+        _refuse(
+            "num_experts_per_tok", c.num_experts_per_tok, f"must not exceed n_routed_experts ({c.n_routed_experts})"
+        )
     if c.rope_factor < 1:
         _refuse("rope_factor", c.rope_factor, "must be at least 1")
     if not c.beta_fast > c.beta_slow > 0:

@@ -7,8 +7,8 @@ Around every sublayer F, per token:
     X'_k = post_k F(norm(y)) + sum_j comb_jk X_j
 
 comb is made doubly stochastic by Sinkhorn normalisation: mixing then neither grows nor shrinks the streams however deep
-the model is, which is the "manifold constraint". The sum runs over the FIRST index of comb; the transpose also looks doubly
-stochastic and fails silently.
+the model is, which is the "manifold constraint". The sum runs over the FIRST index of comb; the transpose also looks
+doubly stochastic and fails silently.
 
 All coefficients are computed in FP32 from the streams divided by their joint RMS. The row layout of `fn` and `base` is
 S pre, S post, S x S comb (row-major [j, k]); `scale` holds one gate for each of the three.

@@ -5,8 +5,8 @@
 It has its own narrow heads (J of width I), one shared key per entry from its own compressor, and a weight per head and
 token. The query comes from the same low-rank latent as the attention's.
 
-Nothing of this is differentiable through the picks, so the indexer has its own loss (`ops.indexer_loss`) and its inputs are
-detached: it learns to follow the attention and never steers it.
+Nothing of this is differentiable through the picks, so the indexer has its own loss (`ops.indexer_loss`) and its
+inputs are detached: it learns to follow the attention and never steers it.
 """
 
 from __future__ import annotations

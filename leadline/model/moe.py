@@ -3,8 +3,8 @@
     out_t = shared(x_t) + sum_a expert_a(x_t),     expert(x) = W2 (weight x silu(min(W1 x, 10)) x clamp(W3 x, -10, 10))
 
 The gate weight is applied before the down projection: the same as after it in exact arithmetic, not under quantisation.
-Tokens are sorted by expert, so that each expert's matrix meets one run of rows; the sum over a token's experts is FP32 and
-in the order of its choices.
+Tokens are sorted by expert, so that each expert's matrix meets one run of rows; the sum over a token's experts is FP32
+and in the order of its choices.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class SharedExpert(nn.Module):
 def balance_loss(route: Route, segment: Segment) -> Tensor:
     """Sequence-wise balance (report 4.2.2): sum_e f_e P_e, averaged over the sequences by their length; scalar FP32.
 
-    f_e = E / (A T_n) x tokens sent to e, P_e = mean over the sequence of score_e / sum of scores. It is 1 when balanced.
+    f_e = E / (A T_n) x tokens sent to e, P_e = mean over the sequence of score_e / sum of scores. It is 1 when
+    balanced.
     """
     num_sequences, (num_tokens, num_experts) = len(segment.lengths), route.scores_TE.shape
     choices = route.experts_TA.shape[1]

@@ -4,8 +4,8 @@ At position i it takes the trunk's streams BEFORE their last collapse, and the e
 
     X = e_proj(norm(embedding_{i+1})) spread over the streams + h_proj(norm(X_trunk)) per stream
 
-runs one window-only block with its own hyper-connections and score-routed experts, and ends in its own stream head and norm;
-embedding and vocabulary head are the trunk's. Its logits at position i are for token i + 2.
+runs one window-only block with its own hyper-connections and score-routed experts, and ends in its own stream head and
+norm; embedding and vocabulary head are the trunk's. Its logits at position i are for token i + 2.
 """
 
 from __future__ import annotations
@@ -44,9 +44,11 @@ class MTPBlock(Block):
         cache_format: CacheFormat,
         training: Training | None = None,
     ) -> tuple[Tensor, BlockSignals | None]:
-        """Hidden vectors [T, D] ready for the vocabulary head, given streams [T, S, D] and the next tokens' embeddings."""
+        """Hidden vectors [T, D] for the vocabulary head, given streams [T, S, D] and the next embeddings [T, D]."""
         if trunk_TSD.ndim != 3:
-            raise ValueError(f"the MTP block needs the streams [T, S, D] before their collapse, got {tuple(trunk_TSD.shape)}")
+            raise ValueError(
+                f"the MTP block needs the streams [T, S, D] before their collapse, got {tuple(trunk_TSD.shape)}"
+            )
         embedded_TD = self.e_proj(rms_norm(next_embedding_TD, self.enorm.weight, self.eps))
         x_TSD = embedded_TD[:, None] + self.h_proj(rms_norm(trunk_TSD, self.hnorm.weight, self.eps))
         x_TSD, signals = self(x_TSD, index, state, cache_format, training)

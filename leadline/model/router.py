@@ -2,9 +2,10 @@
 
     score_te = sqrt(softplus(x_t . w_e)),     weight_te = score_te / (sum of the A chosen scores) x route scale
 
-- Score layers choose the A largest of score + bias. The bias only steers the choice and is moved by the load, outside of
-  the gradient (report 4.2.2).
-- Hash layers (the first few) look the A experts up by token id in a frozen table; the weights still come from the scores.
+- Score layers choose the A largest of score + bias. The bias only steers the choice and is moved by the load, outside
+  of the gradient (report 4.2.2).
+- Hash layers (the first few) look the A experts up by token id in a frozen table; the weights still come from the
+  scores.
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ class Gate(nn.Module):
 def balanced_hash_table(frequencies_V: Tensor, num_experts: int, choices: int, seed: int) -> Tensor:
     """A frozen table token id -> A experts that spreads the *tokens of a corpus* evenly, int64 [V, A].
 
-    The table of the released models is in their checkpoints; how it was made is unpublished. A table that deals token ids
-    out evenly is not balanced, because a few ids make up most of a text. Here ids are dealt in the order of falling
-    frequency, each to the A experts with the least load so far; equal loads are decided by chance.
+    The table of the released models is in their checkpoints; how it was made is unpublished. A table that deals token
+    ids out evenly is not balanced, because a few ids make up most of a text. Here ids are dealt in the order of
+    falling frequency, each to the A experts with the least load so far; equal loads are decided by chance.
 
     frequencies_V: how often each id occurs (any non-negative numbers). Ids that never occur are dealt evenly too.
     """

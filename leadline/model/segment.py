@@ -44,7 +44,9 @@ class Segment:
 
     def __post_init__(self) -> None:
         if self.tokens_T.ndim != 1 or self.tokens_T.dtype != torch.int64:
-            raise ValueError(f"tokens must be a flat int64 tensor, got {self.tokens_T.dtype} {tuple(self.tokens_T.shape)}")
+            raise ValueError(
+                f"tokens must be a flat int64 tensor, got {self.tokens_T.dtype} {tuple(self.tokens_T.shape)}"
+            )
         if not len(self.lengths) == len(self.past) == len(self.slots):
             raise ValueError(f"lengths, past and slots differ in number: {self.lengths}, {self.past}, {self.slots}")
         if any(length < 1 for length in self.lengths) or sum(self.lengths) != len(self.tokens_T):
@@ -107,8 +109,8 @@ Rotation = tuple[Tensor, Tensor]  # cos and sin
 class RingRows:
     """Row indices around one ring (a fixed number of recent rows per slot, position p at p mod length).
 
-    source_X: rows of [ring rows of all slots, new rows] that make up the past-and-new sequence of this segment; None when
-    no sequence has a past, so that the new rows alone are it.
+    source_X: rows of [ring rows of all slots, new rows] that make up the past-and-new sequence of this segment; None
+    when no sequence has a past, so that the new rows alone are it.
     keep_new, keep_ring: which new rows to store, and in which ring rows, so that the ring holds the latest again.
     """
 
@@ -121,7 +123,8 @@ class RingRows:
 class PoolRows:
     """Row indices of one compression ratio.
 
-    rows_CG: rows of [ring rows of all slots, new rows] for every slot of every entry finished by this segment, -1 empty.
+    rows_CG: rows of [ring rows of all slots, new rows] for every slot of every entry finished by this segment, -1
+    empty.
     rotation: cos and sin [C, R/2] at the position of each entry, which is that of the first token of its window.
     entry_rows_C: row of each finished entry in the entries that the layer sees. keep_*: as in `RingRows`.
     """
@@ -169,8 +172,8 @@ class SegmentIndex:
         return self._rotation[ratio]
 
     def _rotate(self, positions: Tensor, ratio: int) -> Rotation:
-        """Window-only layers rotate with the plain base; CSA and HCA layers with their own base and YaRN, in every part:
-        queries, window keys, entries, index queries and keys, and the output's rotation back."""
+        """Window-only layers rotate with the plain base; CSA and HCA layers with their own base and YaRN, in every
+        part: queries, window keys, entries, index queries and keys, and the output's rotation back."""
         c = self.config
         if ratio == 0:
             pairs = frequencies(c.qk_rope_head_dim, c.rope_theta)
@@ -266,6 +269,4 @@ class SegmentIndex:
         first_N = torch.tensor(self._first_entries(ratio, capacity), device=self.segment.device)
         visible_T = torch.div(self.positions_T + 1, ratio, rounding_mode="floor")
         window = self._reach[0]
-        return Reach(
-            window.lengths, window.first_key_T, window.last_key_T, first_N[self.segment.sequence_T], visible_T
-        )
+        return Reach(window.lengths, window.first_key_T, window.last_key_T, first_N[self.segment.sequence_T], visible_T)

@@ -3,12 +3,13 @@
 A V4 layer does not keep every key. Per sequence it keeps
 
 - the *window*: a ring of the last W keys, position p in row p mod W;
-- for each compressor a *tail*: a ring of the last tokens' pooled values and scores, one window of R tokens, or two where
-  windows overlap. It holds the tokens that no entry covers yet, and the previous window that the next entry overlaps;
+- for each compressor a *tail*: a ring of the last tokens' pooled values and scores, one window of R tokens, or two
+  where windows overlap. It holds the tokens that no entry covers yet, and the previous window that the next entry
+  overlaps;
 - the *entries* made so far (and on CSA layers the index keys), the only part that grows.
 
-State is an argument of the model: it goes in, is updated in place, and holds nothing that another sequence can read. Each
-sequence owns one slot of every tensor. Gradients never flow through a state; training runs without one.
+State is an argument of the model: it goes in, is updated in place, and holds nothing that another sequence can read.
+Each sequence owns one slot of every tensor. Gradients never flow through a state; training runs without one.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class CompressorState:
 
     def with_past(self, values_TE: Tensor, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
         """[ring rows of all slots, new rows] of values and scores, as `PoolRows.rows_CG` counts them."""
-        return torch.cat([self.values_NRE.flatten(0, 1), values_TE]), torch.cat([self.scores_NRE.flatten(0, 1), scores_TE])
+        return torch.cat([self.values_NRE.flatten(0, 1), values_TE]), torch.cat(
+            [self.scores_NRE.flatten(0, 1), scores_TE]
+        )
 
     def store(self, values_TE: Tensor, scores_TE: Tensor, entries_CD: Tensor, rows: PoolRows) -> Tensor:
         """Keep the latest tokens and the finished entries; returns all entries as rows [slots * capacity, D]."""

@@ -3,10 +3,10 @@
 A query sees a run of window keys and either a run of entries (all visible ones) or a list of picked entries. `Reach`
 holds the runs; every op that looks back takes one.
 
-The references never hold a [tokens, entries] matrix. They walk over *tiles* of queries, and per tile over *columns*: the
-keys or entries that some query of the tile sees. When the tile lies in one sequence the columns are shared by its queries
-(one matrix product); when it mixes short sequences, as in batched decoding, every query brings its own. `torch.matmul`
-treats both alike, so the arithmetic above is written once.
+The references never hold a [tokens, entries] matrix. They walk over *tiles* of queries, and per tile over *columns*:
+the keys or entries that some query of the tile sees. When the tile lies in one sequence the columns are shared by its
+queries (one matrix product); when it mixes short sequences, as in batched decoding, every query brings its own.
+`torch.matmul` treats both alike, so the arithmetic above is written once.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Reach:
 
     lengths: queries of each sequence, in order; sum T (host numbers).
     first_key_T, last_key_T: int64, the run of rows of the window keys, both ends included.
-    first_entry_T: int64, row of the sequence's entry 0; visible_T: int64, how many entries are visible. Both are None on
-    layers that have no entries.
+    first_entry_T: int64, row of the sequence's entry 0; visible_T: int64, how many entries are visible. Both are None
+    on layers that have no entries.
     """
 
     lengths: tuple[int, ...]
@@ -103,7 +103,8 @@ MASK_RATHER_THAN_GATHER = 8
 
 def entry_columns(entries_CK: Tensor, reach: Reach, tile: Tile, picked_TM: Tensor | None) -> Columns:
     """The entries of a tile: all visible ones, or the picked ones (numbers within the sequence, -1 = no pick)."""
-    assert reach.first_entry_T is not None and reach.visible_T is not None
+    assert reach.first_entry_T is not None
+    assert reach.visible_T is not None
     first, visible = reach.first_entry_T[tile.rows, None], reach.visible_T[tile.rows, None]
     most = int(visible.max())
     if tile.shared and (picked_TM is None or most <= MASK_RATHER_THAN_GATHER * picked_TM.shape[1]):
@@ -118,10 +119,14 @@ def entry_columns(entries_CK: Tensor, reach: Reach, tile: Tile, picked_TM: Tenso
             seen = seen[:, :most]
         return Columns(entries_CK[low : low + most], seen, slice(low, low + most))
     number = torch.arange(most, device=first.device) if picked_TM is None else picked_TM[tile.rows]
+    if not len(entries_CK):  # then all picks are -1, and there is no row to stand in for them
+        number = number[..., :0]
     seen = number < visible if picked_TM is None else number >= 0
     rows = first + number.expand(len(first), -1).clamp_min(0)
-    rows = torch.where(seen, rows, first).clamp_max(max(len(entries_CK) - 1, 0))
-    vectors = entries_CK[rows] if len(entries_CK) else entries_CK.new_zeros(*rows.shape, entries_CK.shape[1])
+    rows = torch.where(seen, rows, first).clamp_max(len(entries_CK) - 1)
+    vectors = entries_CK[rows]
+    # Without an entry of its own, a query was given another sequence's, and a NaN there survives a weight of 0.
+    vectors[visible.flatten() == 0] = 0.0
     return Columns(vectors, seen, rows)
 
 

@@ -13,9 +13,9 @@ def gated_pool(values_YE: Tensor, scores_YE: Tensor, rows_CG: Tensor, width: int
     values_YE, scores_YE: FP32 [Y, E], one row per token; the scores already hold the position bias.
     rows_CG: int64 [C, G], the row of each slot of each entry, -1 = empty slot (value 0, score -inf); every entry has at
     least one filled slot.
-    width: D. When E = D (ratio 128) every slot reads the whole row. When E = 2 D (ratio 4, overlapping windows) the first
-    G/2 slots are the previous window and read the first half of the row, the last G/2 slots are the current window and
-    read the second half.
+    width: D. When E = D (ratio 128) every slot reads the whole row. When E = 2 D (ratio 4, overlapping windows) the
+    first G/2 slots are the previous window and read the first half of the row, the last G/2 slots are the current
+    window and read the second half.
 
     Returns FP32 [C, D]. Differentiable in values and scores, linear in memory: the backward recomputes the softmax.
     A (row, half) may appear in at most one entry, which is so for windows; this makes the backward free of additions.

@@ -17,18 +17,17 @@ def _halves(num_slots: int, num_columns: int, width: int) -> list[tuple[slice, s
     return [(slice(0, half), slice(0, width)), (slice(half, num_slots), slice(width, 2 * width))]
 
 
-def _gather(source_YE: Tensor, rows_CG: Tensor, width: int) -> Tensor:
+def _gather(source_YE: Tensor, rows_CG: Tensor, width: int, empty: float) -> Tensor:
     parts = [
         source_YE[:, columns][rows_CG[:, slots].clamp_min(0)]
         for slots, columns in _halves(rows_CG.shape[1], source_YE.shape[1], width)
     ]
-    return torch.cat(parts, dim=1)
+    # Row 0 stood in for the empty slots. It may belong to another sequence and hold NaN, which a gate of 0 does not stop.
+    return torch.cat(parts, dim=1).masked_fill_((rows_CG < 0)[..., None], empty)
 
 
 def _gates(scores_YE: Tensor, rows_CG: Tensor, width: int) -> Tensor:
-    scores_CGD = _gather(scores_YE, rows_CG, width)
-    scores_CGD.masked_fill_((rows_CG < 0)[..., None], float("-inf"))
-    return torch.softmax(scores_CGD, dim=1)
+    return torch.softmax(_gather(scores_YE, rows_CG, width, float("-inf")), dim=1)
 
 
 def _scatter(d_CGD: Tensor, rows_CG: Tensor, like_YE: Tensor) -> Tensor:
@@ -45,7 +44,7 @@ class GatedPool(torch.autograd.Function):
         ctx.save_for_backward(values_YE, scores_YE, rows_CG)
         ctx.width = width
         gates_CGD = _gates(scores_YE, rows_CG, width)
-        return (gates_CGD * _gather(values_YE, rows_CG, width)).sum(1)
+        return (gates_CGD * _gather(values_YE, rows_CG, width, 0.0)).sum(1)
 
     @staticmethod
     @once_differentiable
@@ -53,7 +52,7 @@ class GatedPool(torch.autograd.Function):
         values_YE, scores_YE, rows_CG = ctx.saved_tensors
         gates_CGD = _gates(scores_YE, rows_CG, ctx.width)
         weighted_CGD = gates_CGD * d_CD[:, None]
-        values_CGD = _gather(values_YE, rows_CG, ctx.width)
+        values_CGD = _gather(values_YE, rows_CG, ctx.width, 0.0)
         values_CGD *= weighted_CGD  # the gradient of gate x value, before the softmax
         dscores_CGD = values_CGD - gates_CGD * values_CGD.sum(1, keepdim=True)
         return _scatter(weighted_CGD, rows_CG, values_YE), _scatter(dscores_CGD, rows_CG, scores_YE), None, None

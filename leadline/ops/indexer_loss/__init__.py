@@ -3,10 +3,10 @@
 The top-k is not differentiable, so the language-model loss never reaches the indexer. It learns instead to predict the
 attention of the main heads: a KL divergence from the attention mass of the entries to the softmax of the index scores.
 
-The target is the *conditional* of the joint softmax. Attention normalises over window keys, entries and the sink together;
-the mass a head gives to entry c is p_hc of that joint softmax. Summed over heads and divided by the total mass of the
-entries, it is the distribution the indexer should have. (A softmax renormalised per head over the entries alone would give
-a head that looks only at its window the same vote as a head that lives on the entries.)
+The target is the *conditional* of the joint softmax. Attention normalises over window keys, entries and the sink
+together; the mass a head gives to entry c is p_hc of that joint softmax. Summed over heads and divided by the total
+mass of the entries, it is the distribution the indexer should have. (A softmax renormalised per head over the entries
+alone would give a head that looks only at its window the same vote as a head that lives on the entries.)
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def indexer_loss(
 ) -> Tensor:
     """kl_t = KL(target_t || softmax_c(score(t, c))) in nats, FP32 [T]; 0 for a query that sees no entry.
 
-    target_t(c) = sum_h p_thc / sum_c sum_h p_thc with p_thc = exp(q_th . entry_c / sqrt(K) - lse_th), both softmaxes over
-    picked_TM, or over all visible entries when it is None (the dense warm-up).
+    target_t(c) = sum_h p_thc / sum_c sum_h p_thc with p_thc = exp(q_th . entry_c / sqrt(K) - lse_th), both softmaxes
+    over picked_TM, or over all visible entries when it is None (the dense warm-up).
 
     index_*: what the indexer scores with, differentiable. q_THK, entries_CK, lse_TH: the attention that is imitated, as
     given to and returned by `sparse_attention`; no gradient flows into them. Linear in memory, forward and backward.
@@ -43,9 +43,9 @@ def indexer_recall(
 ) -> Tensor:
     """Share of the true attention mass of the entries that the picks keep, for the query rows `queries`, FP32.
 
-    "True" is the attention that would see every visible entry. lse_TH is what `sparse_attention` returned, which saw all
-    visible entries (dense=True) or the picked ones; in the second case the missing mass is added to the denominator.
-    Queries for which every visible entry is picked are left out (their recall is 1 by construction); the result may be
-    empty.
+    "True" is the attention that would see every visible entry. lse_TH is what `sparse_attention` returned, which saw
+    all visible entries (dense=True) or the picked ones; in the second case the missing mass is added to the
+    denominator. Queries for which every visible entry is picked are left out (their recall is 1 by construction); the
+    result may be empty.
     """
     return recall_reference(q_THK, entries_CK, lse_TH, reach, picked_TM, dense, queries)

@@ -91,7 +91,8 @@ class IndexerLoss(torch.autograd.Function):
 def recall_reference(
     q_THK: Tensor, entries_CK: Tensor, lse_TH: Tensor, reach: Reach, picked_TM: Tensor, dense: bool, queries: Tensor
 ) -> Tensor:
-    assert reach.visible_T is not None and reach.first_entry_T is not None
+    assert reach.first_entry_T is not None
+    assert reach.visible_T is not None
     visible = reach.visible_T[queries]
     queries = queries[visible > (picked_TM[queries] >= 0).sum(1)]
     shares = []

@@ -14,8 +14,8 @@ def pick_entries(q_TJI: Tensor, weight_TJ: Tensor, keys_CI: Tensor, reach: Reach
     q_TJI: [T, J, I]. weight_TJ: FP32 [T, J], already scaled. keys_CI: [C, I], one shared head. reach: first entry and
     number of visible entries of each query. k: picks per query.
 
-    Returns picked_TM int64 [T, M], numbers within the sequence, ascending, -1 = no pick, with M = min(k, the most entries
-    any query sees). Ties go to the lower number. Not differentiable: `indexer_loss` trains the scores. The workspace is
-    bounded; no [T, C] matrix exists.
+    Returns picked_TM int64 [T, M], numbers within the sequence, ascending, -1 = no pick, with M = min(k, the most
+    entries any query sees). Ties go to the lower number. Not differentiable: `indexer_loss` trains the scores. The
+    workspace is bounded; no [T, C] matrix exists.
     """
     return pick_entries_reference(q_TJI, weight_TJ, keys_CI, reach, k)

@@ -35,7 +35,7 @@ class RMSNorm(torch.autograd.Function):
         normed = x_wide * scale
         dweight = None
         if weight is not None:
-            dweight = (dy * normed).flatten(0, -2).sum(0).to(weight.dtype)
+            dweight = (dy * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
             dy = dy * wide(weight)
         dx = scale * (dy - normed * (dy * normed).mean(-1, keepdim=True))
         return dx.to(x.dtype), dweight, None

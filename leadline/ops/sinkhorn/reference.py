@@ -1,7 +1,7 @@
 """Sinkhorn in plain PyTorch.
 
-The matrices are held tokens-last, [S, S, T]: sums over S = 4 rows or columns are then additions of long vectors, where a
-reduction over an innermost axis of length 4 would be an order of magnitude slower.
+The matrices are held tokens-last, [S, S, T]: sums over S = 4 rows or columns are then additions of long vectors, where
+a reduction over an innermost axis of length 4 would be an order of magnitude slower.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ def tile_size(num_heads: int) -> int:
     return max(8, min(128, ROWS_PER_TILE // num_heads))
 
 
-def _columns(keys_XK: Tensor, entries_CK: Tensor | None, reach: Reach, tile: Tile, picked: Tensor | None) -> list[Columns]:
+def _columns(
+    keys_XK: Tensor, entries_CK: Tensor | None, reach: Reach, tile: Tile, picked: Tensor | None
+) -> list[Columns]:
     columns = [key_columns(keys_XK, reach, tile)]
     if entries_CK is not None:
         columns.append(entry_columns(entries_CK, reach, tile, picked))
@@ -61,15 +63,16 @@ class SparseAttention(torch.autograd.Function):
             scores = [_scores(q_bHK, part) for part in parts]
             largest_bH = torch.stack([s.amax(-1) for s in scores]).amax(0)
             weights = [s.sub_(largest_bH[..., None]).exp_() for s in scores]
-            total_bH = torch.exp(sink_H - largest_bH)
-            for w in weights:
-                total_bH += w.sum(-1)
+            sum_bH = torch.stack([w.sum(-1) for w in weights]).sum(0)
             # The published kernel rounds the probabilities to the dtype of the values before the second product.
             o_bHK = sum(
-                torch.matmul(wide(w.to(q_THK.dtype)), wide(part.vectors)) for w, part in zip(weights, parts, strict=True)
+                torch.matmul(wide(w.to(q_THK.dtype)), wide(part.vectors))
+                for w, part in zip(weights, parts, strict=True)
             )
-            o_THK[tile.rows] = o_bHK / total_bH[..., None]
-            lse_TH[tile.rows] = largest_bH + total_bH.log()
+            # A sink far above all scores makes the denominator infinite: the output is rightly 0, but its log must not be
+            # taken from there.
+            o_THK[tile.rows] = o_bHK / (sum_bH + torch.exp(sink_H - largest_bH))[..., None]
+            lse_TH[tile.rows] = torch.logaddexp(largest_bH + sum_bH.log(), sink_H)
         ctx.save_for_backward(q_THK, keys_XK, entries_CK, sink_H, picked_TM, o_THK, lse_TH)
         ctx.reach = reach
         ctx.mark_non_differentiable(lse_TH)

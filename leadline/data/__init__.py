@@ -1,0 +1,1 @@
+"""Corpora to segments: documents (corpus), token files (shards), bins (pack), batches (loader)."""

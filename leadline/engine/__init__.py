@@ -1,0 +1,1 @@
+"""Inference: token ids in, token ids out. Nothing here knows text."""

@@ -1,0 +1,1 @@
+"""Pretraining: a script that reads from the top, and its named steps."""

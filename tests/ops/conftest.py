@@ -1,0 +1,114 @@
+"""Every op test runs in poisoned memory, and can measure the largest tensor that an op makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from leadline.ops.reach import Reach
+
+
+@pytest.fixture(autouse=True)
+def _poison(poisoned_memory: None) -> None:
+    """Outputs that an op leaves unwritten are NaN."""
+
+
+class LargestTensor(TorchDispatchMode):
+    """Context manager: `elements` becomes the size of the largest tensor made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                # The storage, not the shape: an expanded view holds no memory.
+                self.elements = max(self.elements, leaf.untyped_storage().nbytes() // leaf.element_size())
+        return result
+
+
+@pytest.fixture
+def largest_tensor() -> LargestTensor:
+    return LargestTensor()
+
+
+@pytest.fixture
+def scattered() -> Callable[[Tensor], Tensor]:
+    """The same values in a layout that no op can take for contiguous: every second element, axes stored in reverse."""
+
+    def scatter(x: Tensor) -> Tensor:
+        store = torch.full((*x.shape[::-1], 2), float("nan") if x.is_floating_point() else 0, dtype=x.dtype)
+        view = store[..., 0].permute(*range(x.ndim - 1, -1, -1))
+        view.copy_(x)
+        return view.detach()
+
+    return scatter
+
+
+@dataclass(frozen=True)
+class LookingBack:
+    """A random ragged segment as the ops that look back see it, and the same as full masks.
+
+    keys, entries: rows that the op is given. sees_key_TX, sees_entry_TC: bool, who sees what. picked_TM: random picks
+    among the visible entries, with -1 anywhere; sees_picked_TC: the same as a mask.
+    """
+
+    reach: Reach
+    keys: int
+    entries: int
+    sees_key_TX: Tensor
+    sees_entry_TC: Tensor
+    picked_TM: Tensor
+    sees_picked_TC: Tensor
+
+    @property
+    def queries(self) -> int:
+        return len(self.sees_key_TX)
+
+
+def look_back(
+    lengths: Sequence[int], past: Sequence[int], window: int, ratio: int, picks: int, gap: int = 0, seed: int = 0
+) -> LookingBack:
+    """Sequences of `lengths` new tokens after `past` old ones. Each sequence's entries stand in one run, with `gap` rows
+    that nobody sees before and behind it."""
+    generator = torch.Generator().manual_seed(seed)
+    first_key, last_key, first_entry, visible = [], [], [], []
+    keys = entries = 0
+    for length, before in zip(lengths, past, strict=True):
+        oldest = max(0, before - window + 1)
+        entries += gap
+        for position in range(before, before + length):
+            first_key.append(keys + max(0, position - window + 1) - oldest)
+            last_key.append(keys + position - oldest)
+            first_entry.append(entries)
+            visible.append((position + 1) // ratio)
+        keys += before + length - oldest
+        entries += (before + length) // ratio + gap
+    columns = [torch.tensor(values, dtype=torch.int64)[:, None] for values in (first_key, last_key, first_entry, visible)]
+    first_key_T1, last_key_T1, first_entry_T1, visible_T1 = columns
+    key, entry = torch.arange(keys), torch.arange(entries)
+    sees_entry = (entry >= first_entry_T1) & (entry < first_entry_T1 + visible_T1)
+    picked = torch.full((len(first_key), picks), -1)
+    sees_picked = torch.zeros_like(sees_entry)
+    for row, (first, count) in enumerate(zip(first_entry, visible, strict=True)):
+        chosen = torch.randperm(count, generator=generator)[: int(torch.randint(0, picks + 1, (), generator=generator))]
+        places = torch.randperm(picks, generator=generator)[: len(chosen)]
+        picked[row, places] = chosen
+        sees_picked[row, first + chosen] = True
+    reach = Reach(tuple(lengths), *(column.flatten() for column in columns))
+    sees_key = (key >= first_key_T1) & (key <= last_key_T1)
+    return LookingBack(reach, keys, entries, sees_key, sees_entry, picked, sees_picked)
+
+
+@pytest.fixture(scope="session", name="look_back")
+def _look_back() -> Callable[..., LookingBack]:
+    return look_back
