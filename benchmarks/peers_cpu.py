@@ -11,7 +11,7 @@ another:
 - *chunked prefill*: the same in calls of 512 tokens;
 - *training step*: forward and backward of one sequence. Leadline's includes the indexer's KL loss; transformers' is
   the loss it returns for `labels`. *With recompute*, both keep only what passes between blocks (in transformers:
-  gradient checkpointing).
+  activation checkpointing).
 
 A child runs 256 tokens to warm up, then the measurement up to three times within a minute. *Tokens/s* is the best run.
 *Memory* is the peak of the resident set above what was resident before the run, as the kernel counts it: activations,
@@ -195,7 +195,7 @@ class TransformersSide:
     def training_step(self, tokens_T: Tensor, recompute: bool) -> float:
         self.model.train()
         if recompute:
-            self.model.gradient_checkpointing_enable()
+            self.model.activation_checkpointing_enable()
         self.model.zero_grad(set_to_none=True)
         loss = self.model(input_ids=tokens_T[None], labels=tokens_T[None], use_cache=False).loss
         loss.backward()

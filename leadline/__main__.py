@@ -18,7 +18,7 @@ from leadline.cli import UsageError, find
 
 VERBS = {
     "demo": "leadline.recipes.demo",
-    "train": "leadline.train.pretrain",
+    "train": "leadline.recipes.train",
     "plan": "leadline.recipes.plan",
     "verify": "leadline.recipes.verify",
 }

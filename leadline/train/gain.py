@@ -12,12 +12,14 @@ The mHC paper (arXiv 2512.24880) measures it by two numbers, both 1 for a plain 
 
 It reports about 1.6 at most for mHC, and about 3000 for the unconstrained mixing of hyper-connections, in a 27B model.
 
-The unconstrained counterpart here uses the very same logits A without the Sinkhorn projection: H = exp(A)^T / c, with the
-one constant c that makes it doubly stochastic at the start of training. Both kinds then start as the same matrix, and all
-that differs is whether the drift of A since then may change row and column sums. It multiplies up with depth: sums that
-are 5% off in each of 64 sublayers are a gain of 1.05^64 = 23. One thing this does not tell: logits trained without the
-projection would have taken another path, because only then does the loss feel their sums. The counterpart shows what the
-projection removes from this model, not what another training run would have become.
+The unconstrained counterpart here uses the very same logits A without the Sinkhorn projection: H = exp(A)^T / c, with
+the one constant c that makes it doubly stochastic at the start of training. Both kinds then start as the same matrix,
+and all that differs is whether the drift of A since then may change row and column sums. A drift multiplies up with
+depth: sums that are 5% off in each of 64 sublayers are a gain of 1.05^64 = 23.
+
+What this does not tell: logits trained without the projection would have taken another path, because only then does the
+loss feel their sums. The counterpart shows what the projection removes from this model, not what another training run
+would have become.
 """
 
 from __future__ import annotations

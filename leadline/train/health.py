@@ -15,7 +15,7 @@ def check_loss(total: Tensor, named_losses: dict[str, Tensor]) -> None:
     if bool(torch.isfinite(total)):
         return
     bad = next((name for name, value in named_losses.items() if not bool(torch.isfinite(value))), "total")
-    raise NonFiniteLossError(f"the {bad} loss is {float(named_losses.get(bad, total))}; no update was made")
+    raise NonFiniteLossError(f"the {bad} loss is {float(named_losses.get(bad, total))}")
 
 
 class FirstBadOutput:

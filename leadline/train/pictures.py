@@ -1,14 +1,14 @@
 """The pictures of a run's report, as inline SVG that follows the page's colours.
 
-Every function draws one chart and returns SVG text for the middle of an HTML page. Matplotlib knows no CSS, so charts
-are drawn in placeholder colours, one for each role, and the placeholders become `var(--role)` in the SVG: light and dark
-mode are then a matter of the page's style sheet. Text stays text, in the page's typeface.
+Every function draws one chart and returns SVG for the middle of an HTML page. Matplotlib knows no CSS, so charts are
+drawn in placeholder colours, one for each role, and the placeholders become `var(--role)` in the SVG: light and dark
+are then a matter of the page's style sheet. Text stays text, in the page's typeface.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from io import StringIO
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 from leadline.train.gain import ResidualGain
 
@@ -27,7 +27,7 @@ ROLES = ("ink", "muted", "grid", "blue", "orange", "green", "purple", "red")
 COLOUR = {role: f"#0{number:x}0f0{number:x}" for number, role in enumerate(ROLES, start=1)}
 LINES = ("blue", "orange", "green", "purple", "red", "muted")
 
-WIDTH, HEIGHT = 5.6, 3.1  # inches of 72 SVG units; the page scales them
+WIDTH, HEIGHT, TALL = 5.6, 3.1, 3.5  # inches of 72 SVG units; the page scales them
 FEW_POINTS = 12  # up to so many points are marked one by one
 BINARY_UNITS = ((1 << 20, "M"), (1 << 10, "K"))
 DECIMAL_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -44,10 +44,10 @@ def column(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over the last `window` values, and over those there are at the start."""
+    """Mean over `window` values around each one, and over those there are near the ends."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    stop = np.arange(1, len(values) + 1)
-    start = np.maximum(0, stop - window)
+    places = np.arange(len(values))
+    start, stop = np.maximum(0, places - window // 2), np.minimum(len(values), places + window // 2 + 1)
     return (sums[stop] - sums[start]) / (stop - start)
 
 
@@ -70,12 +70,17 @@ def context_label(context: int) -> str:
 
 
 def bytes_label(amount: float) -> str:
-    """Three digits and a decimal unit: 3.69 GB, 24.5 MB."""
+    """Three digits and a decimal unit: 3.69 GB, 24.5 MB, 100 kB."""
     for unit, name in DECIMAL_UNITS:
-        if amount >= unit:
-            scaled = amount / unit
-            return f"{scaled:.{max(0, 3 - len(str(int(scaled))))}f} {name}"
+        if amount >= 0.9995 * unit:  # else the rounded number would need four digits
+            return f"{amount / unit:#.3g}".rstrip(".") + f" {name}"
     return f"{amount:.0f} B"
+
+
+def _round_bytes_label(amount: float) -> str:
+    """A power of ten: 1 GB."""
+    unit, name = next(pair for pair in (*DECIMAL_UNITS, (1.0, "B")) if amount >= pair[0])
+    return f"{amount / unit:g} {name}"
 
 
 # -- the charts --------------------------------------------------------------------------------------------------
@@ -107,7 +112,9 @@ def heldout_curve(rows: Sequence[Row], final: float | None) -> str:
             label = f"at the end, all of it: {final:.3f}"
             axes.plot(rows[-1]["step"], final, "D", color=COLOUR["orange"], markersize=6, label=label)
             axes.axhline(final, color=COLOUR["orange"], linewidth=0.8, linestyle=(0, (2, 3)))
-        axes.set_xlim(0, max(rows[-1]["step"] * 1.03, 1))
+        axes.set_xlim(0, rows[-1]["step"] * 1.03)
+        if final is None and not len(values):
+            _not_measured(axes)
         _legend(axes)
         return _svg(figure)
 
@@ -187,11 +194,16 @@ def optimisation(rows: Sequence[Row]) -> str:
         above.set_ylim(bottom=0)
         above.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         _line(below, *column(rows, "grad_norm"), "orange", "", smooth=True)
-        below.set(xlabel="step", ylabel="gradient norm", yscale="log")
-        below.yaxis.set_major_locator(LogLocator(numticks=5))
-        below.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        below.yaxis.set_minor_formatter(NullFormatter())
-        below.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        below.set(xlabel="step", ylabel="gradient norm")
+        norms = column(rows, "grad_norm")[1]
+        if norms.max() > 10 * norms.min() > 0:
+            below.set_yscale("log")
+            below.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
+            below.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            below.yaxis.set_minor_locator(NullLocator())
+        else:
+            below.set_ylim(bottom=0)
+        below.xaxis.set_major_locator(_steps())
         return _svg(figure)
 
 
@@ -207,40 +219,52 @@ def speed(rows: Sequence[Row]) -> str:
         return _svg(figure)
 
 
-def cache_bytes(lines: Mapping[str, Sequence[tuple[int, int]]]) -> str:
-    """(context, bytes) lines by name on two logarithmic axes; a name that ends in "layout" is drawn dashed."""
+def cache_bytes(amounts: Mapping[str, Mapping[int, int]], dashed: Set[str]) -> str:
+    """Bytes by context for every name, on two logarithmic axes."""
     with _style("cache"):
-        figure, axes = _axes("tokens in the context", "bytes of one sequence", height=3.6)
-        for (label, points), colour in zip(lines.items(), LINES, strict=False):
-            contexts, amounts = zip(*points, strict=True)
-            dashed = label.endswith("layout")
-            axes.plot(contexts, amounts, color=COLOUR[colour], label=label, linestyle="--" if dashed else "-")
-        axes.set(xscale="log", yscale="log")
-        contexts = sorted({context for points in lines.values() for context, _ in points})
-        axes.set_xticks(contexts, [context_label(context) for context in contexts])
-        axes.xaxis.set_minor_locator(NullLocator())
+        figure, axes = _axes("tokens in the context", "bytes of one sequence", height=TALL)
+        for (name, points), colour in zip(amounts.items(), LINES, strict=False):
+            style = "--" if name in dashed else "-"
+            axes.plot([*points], [*points.values()], color=COLOUR[colour], label=name, linestyle=style)
+        axes.set_yscale("log")
+        _context_axis(axes, amounts)
         axes.yaxis.set_major_locator(LogLocator(numticks=8))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_label(value)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _round_bytes_label(value)))
         axes.yaxis.set_minor_locator(NullLocator())
         _legend(axes, columns=2)
         return _svg(figure)
 
 
-def composite_gain(gain: ResidualGain) -> str:
-    """Both gains of the residual mixing after every sublayer, with and without the projection."""
-    with _style("gain"):
-        figure, axes = _axes("sublayer, from the bottom", "composite gain")
+def cache_shares(shares: Mapping[str, Mapping[int, float]]) -> str:
+    """Share of another layout's bytes by context for every name."""
+    with _style("shares"):
+        figure, axes = _axes("tokens in the context", "share of V3.2's layout", height=TALL)
+        for (name, points), colour in zip(shares.items(), LINES[1:], strict=False):
+            axes.plot([*points], [*points.values()], color=COLOUR[colour], label=name, marker="o", markersize=3)
+        _context_axis(axes, shares)
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        _legend(axes, columns=2)
+        return _svg(figure)
+
+
+def composite_gain(gain: ResidualGain, name: str) -> str:
+    """Both gains of the residual mixing after every sublayer, with and without the projection. name: of the chart."""
+    with _style(f"gain-{name}"):
+        figure, axes = _axes("sublayer, from the bottom", "composite gain", height=TALL)
         depth = np.arange(1, len(gain.constrained.forward) + 1)
-        for curve, name, colour in ((gain.constrained, "mHC", "blue"), (gain.unconstrained, "unconstrained", "orange")):
-            axes.plot(depth, curve.forward, color=COLOUR[colour], marker="o", markersize=3.5, label=f"{name}, forward")
-            axes.plot(
-                depth, curve.backward, color=COLOUR[colour], marker="s", markersize=3.5, linestyle=(0, (4, 2)),
-                markerfacecolor="none", label=f"{name}, backward",
-            )  # fmt: skip
+        size = 3.5 if len(depth) <= 2 * FEW_POINTS else 0
+        for curve, kind, colour in ((gain.constrained, "mHC", "blue"), (gain.unconstrained, "unconstrained", "orange")):
+            line = {"color": COLOUR[colour], "marker": "o", "markersize": size}
+            axes.plot(depth, curve.forward, label=f"{kind}, forward", **line)
+            axes.plot(depth, curve.backward, label=f"{kind}, backward", linestyle=(0, (4, 2)), **line)
         axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
         largest = max(gain.constrained.largest, gain.unconstrained.largest)
         if largest > 10:
             axes.set_yscale("log")
+            axes.set_ylim(bottom=0.5)
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             axes.set_ylim(0, max(2.0, 1.1 * largest))
         _legend(axes, columns=2)
@@ -262,7 +286,7 @@ def _style(name: str) -> Any:
             "axes.grid": True, "axes.axisbelow": True, "grid.color": grid, "grid.linewidth": 0.8,
             "xtick.color": muted, "ytick.color": muted, "xtick.labelcolor": muted, "ytick.labelcolor": muted,
             "xtick.labelsize": 9, "ytick.labelsize": 9, "axes.labelsize": 9.5, "legend.fontsize": 9,
-            "lines.linewidth": 1.7, "lines.solid_capstyle": "round", "figure.facecolor": "none",
+            "axes.xmargin": 0.02, "lines.linewidth": 1.7, "lines.solid_capstyle": "round", "figure.facecolor": "none",
         }
     )  # fmt: skip
 
@@ -271,12 +295,27 @@ def _axes(x_label: str, y_label: str, height: float = HEIGHT) -> tuple[Figure, A
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel=x_label, ylabel=y_label)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(_steps())
     return figure, axes
+
+
+def _steps() -> MaxNLocator:
+    return MaxNLocator(6, integer=True, steps=[1, 2, 5, 10])
+
+
+def _context_axis(axes: Axes, lines: Mapping[str, Mapping[int, float]]) -> None:
+    """Contexts on a logarithmic axis, every other one with its name."""
+    contexts = sorted({context for points in lines.values() for context in points})[::2]
+    axes.set_xscale("log")
+    axes.set_xticks(contexts, [context_label(context) for context in contexts])
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str, *, smooth: bool) -> None:
     """One curve; with `smooth`, every step faintly and the running mean on top."""
+    if not len(steps):
+        _not_measured(axes)
+        return
     marker = {"marker": "o", "markersize": 3.5} if len(steps) <= FEW_POINTS else {}
     window = smoothing_window(len(values))
     if smooth and window > 1:
@@ -285,8 +324,15 @@ def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label:
     axes.plot(steps, values, color=COLOUR[colour], label=label or "_unnamed", **marker)
 
 
+def _not_measured(axes: Axes) -> None:
+    """Say why a chart is empty."""
+    axes.text(0.5, 0.5, "not measured in this run", ha="center", va="center", transform=axes.transAxes)
+    axes.tick_params(labelleft=False)
+
+
 def _dense_part(axes: Axes, rows: Sequence[Row]) -> None:
     """Shade the steps in which CSA attends to every visible entry; a line where the picks take over."""
+    axes.set_xlim(0, rows[-1]["step"] * 1.03)
     border = first_sparse_step(rows)
     first, last = rows[0]["step"], rows[-1]["step"]
     if border is None or border > first:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from leadline.model.segment import Segment
 from leadline.model.signals import Training
 from leadline.model.transformer import Transformer
+from leadline.ops.select_topk import NonFiniteScoresError
 from leadline.optim.clip import clip_gradients
 from leadline.train.balance import update_selection_bias
 from leadline.train.health import FirstBadOutput, NonFiniteLossError, check_loss, first_bad_tensor
@@ -48,8 +50,7 @@ def train_step(
         optimizer.zero_grad(set_to_none=True)
     results = []
     for segment, targets_T in microbatches:
-        losses = compute_losses(model, segment, targets_T, weights, training)
-        _check(model, losses, lambda s=segment, t=targets_T: compute_losses(model, s, t, weights, training))
+        losses = _finite_losses(model, segment, targets_T, weights, training)
         (losses.total / len(microbatches)).backward()
         results.append(losses)
     grad_norm = clip_gradients(model.named_parameters(), clip_norm)
@@ -60,22 +61,29 @@ def train_step(
     return _summary(results, grad_norm, counts_LE)
 
 
-def _check(model: Transformer, losses: Losses, again: Callable[[], Losses]) -> None:
-    named = {
-        "next-token": losses.next_token,
-        "extra-token": losses.extra_token,
-        "indexer": losses.indexer,
-        "balance": losses.balance,
-    }
+def _finite_losses(
+    model: Transformer, segment: Segment, targets_T: Tensor, weights: LossWeights, training: Training
+) -> Losses:
+    """`compute_losses`; a number that is not finite raises NonFiniteLossError with the first tensor that was bad."""
     try:
-        check_loss(losses.total, named)
-    except NonFiniteLossError as error:
+        losses = compute_losses(model, segment, targets_T, weights, training)
+        check_loss(
+            losses.total,
+            {
+                "next-token": losses.next_token,
+                "extra-token": losses.extra_token,
+                "indexer": losses.indexer,
+                "balance": losses.balance,
+            },
+        )
+    except (NonFiniteScoresError, NonFiniteLossError) as error:
         culprit = first_bad_tensor(model)
         if culprit is None:
-            with torch.no_grad(), FirstBadOutput(model) as finder:
-                again()
-            culprit = finder.found
-        raise NonFiniteLossError(f"{error}; first bad tensor: {culprit or 'none outside of the losses'}") from None
+            with torch.no_grad(), FirstBadOutput(model) as finder, suppress(NonFiniteScoresError):
+                compute_losses(model, segment, targets_T, weights, training)
+            culprit = finder.found or "none outside of the losses"
+        raise NonFiniteLossError(f"{error}; first bad tensor: {culprit}; no update was made") from None
+    return losses
 
 
 def _summary(results: Sequence[Losses], grad_norm: float, counts_LE: Tensor) -> StepResult:

@@ -86,12 +86,15 @@ class CheckpointReader:
 class CheckpointWriter:
     """Writes the files of a folder whose tensors are known beforehand by name, dtype and shape.
 
-    Because all sizes are known, the headers are written first and every tensor goes straight to its place: in any
-    order (that of `tensors` is fastest), and holding none of them. A shard takes at most `max_shard_bytes` of data
-    unless a single tensor is larger. The folder must exist; wrap it in `folder.new_folder` to make the result appear
-    whole or not at all.
+        with CheckpointWriter(folder, [("a", torch.float32, (4, 3))]) as writer:
+            writer.write("a", [first_row, other_rows])
 
-    tensors: the tensors in the order of their place in the files.
+    Because all sizes are known, the headers are written first and every tensor goes straight to its place: in any order
+    (that of `tensors` is fastest), and holding none of them. A shard takes at most `max_shard_bytes` of data unless a
+    single tensor is larger. Leaving the block writes the index, or raises CheckpointError if a tensor is missing. The
+    folder must exist; wrap it in `folder.new_folder` to make the result appear whole or not at all.
+
+    tensors: name -> TensorInfo, in the order of their place in the files.
     """
 
     def __init__(
@@ -136,21 +139,25 @@ class CheckpointWriter:
             raise CheckpointError(f"tensor {name} {info} was given {room} bytes too few")
         self._missing.remove(name)
 
-    def finish(self) -> None:
-        """Close the files and write the index; CheckpointError if a tensor is missing."""
-        self.close()
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        self._close()
+        if kind is None:
+            self._finish()
+
+    def _finish(self) -> None:
         if self._missing:
             raise CheckpointError(f"tensor {min(self._missing)} was never written ({len(self._missing)} missing)")
         if len(self._shards) > 1:
             weight_map = {name: path.name for name, (path, _) in self._places.items()}
             total = sum(info.end - info.begin for info in self.tensors.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (self.folder / INDEX_FILE).write_text(
-                json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf8"
-            )
+            text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+            (self.folder / INDEX_FILE).write_text(text, encoding="utf8")
 
-    def close(self) -> None:
-        """Close the file in hand; what was written so far is not a checkpoint yet."""
+    def _close(self) -> None:
         if self._open is not None:
             self._open[1].close()
             self._open = None
@@ -165,7 +172,7 @@ class CheckpointWriter:
 
     def _handle(self, path: Path) -> BinaryIO:
         if self._open is None or self._open[0] != path:
-            self.close()
+            self._close()
             self._open = (path, path.open("r+b"))
         return self._open[1]
 

@@ -2,10 +2,12 @@
 
 Three namings are in use:
 
-- *official*: the released files. One tensor per expert matrix. - *transformers*: the parameters of transformers 5.23's
-`DeepseekV4ForCausalLM`. Experts are stacked, and the gate and up
-  matrices of all experts are one tensor `gate_up_proj` [E, 2F, D].
-- *transformers_saved*: what its `save_pretrained` writes by default, a mixture of the two. It has no MTP block.
+- *official*: the released files. One tensor per expert matrix.
+- *transformers*: the parameters of transformers 5.23's `DeepseekV4ForCausalLM`. Experts are stacked, and the gate and
+  up matrices of all experts are one tensor `gate_up_proj` [E, 2F, D].
+- *transformers_saved*: what its `save_pretrained` writes by default, a mixture of the two that it makes from a model it
+  created itself or loaded under official names. (From one loaded under transformers' names it makes another mixture,
+  which is not read here: save such a model with `save_original_format=False`.) transformers has no MTP block.
 
 Our model has the official names, except that the experts of a layer are stacked ([E, ...]) and that a hyper-connection
 is a module (`hc_attn.fn` for `hc_attn_fn`).

@@ -63,13 +63,9 @@ def save_checkpoint(
         (temporary / "generation_config.json").write_text(_generation_config(config), encoding="utf8")
         for file in map(Path, tokenizer_files):
             _copy_tokenizer_file(file, temporary)
-        writer = CheckpointWriter(temporary, plan, max_shard_bytes=max_shard_bytes)
-        try:
-            for name in writer.tensors:
-                writer.write(name, _pieces(expected[name], tensors, writer.tensors[name].dtype))
-            writer.finish()
-        finally:
-            writer.close()
+        with CheckpointWriter(temporary, plan, max_shard_bytes=max_shard_bytes) as writer:
+            for name, info in writer.tensors.items():
+                writer.write(name, _pieces(expected[name], tensors, info.dtype))
 
 
 def _copy_tokenizer_file(file: Path, folder: Path) -> None:

@@ -31,10 +31,10 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def write_folder(folder: Path, tensors: dict[str, Tensor], **options: Any) -> None:
-    writer = CheckpointWriter(folder, [(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()], **options)
-    for name, tensor in tensors.items():
-        writer.write(name, [tensor])
-    writer.finish()
+    plan = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with CheckpointWriter(folder, plan, **options) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, [tensor])
 
 
 def sharded(folder: Path) -> dict[str, Tensor]:
@@ -80,14 +80,13 @@ def test_any_tensors_in_any_order(
     folder = tmp_path_factory.mktemp("files")
     tensors = {f"t{i}": random_tensor(DTYPES[code], *shape) for i, (code, shape) in enumerate(kinds)}
     plan = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    writer = CheckpointWriter(folder, plan, max_shard_bytes=max_shard_bytes)
     names = list(tensors)
     random.shuffle(names)
-    for name in names:
-        flat = tensors[name].reshape(-1)
-        cut = random.randint(0, len(flat))
-        writer.write(name, [flat[:cut], flat[cut:]])
-    writer.finish()
+    with CheckpointWriter(folder, plan, max_shard_bytes=max_shard_bytes) as writer:
+        for name in names:
+            flat = tensors[name].reshape(-1)
+            cut = random.randint(0, len(flat))
+            writer.write(name, [flat[:cut], flat[cut:]])
     reader = CheckpointReader(folder)
     assert all(same_bits(reader.read(name), tensor) for name, tensor in tensors.items())
     for file in folder.glob("*.safetensors"):
@@ -115,27 +114,38 @@ def test_reading_does_not_write(tmp_path: Path) -> None:
 # -- what the writer refuses --
 
 
-def test_writer_refuses_what_was_not_announced(tmp_path: Path) -> None:
-    writer = CheckpointWriter(tmp_path, [("a", torch.float32, (4,)), ("b", torch.float32, (4,))])
-    with pytest.raises(CheckpointError, match="tensor c was not announced"):
-        writer.write("c", [torch.zeros(4)])
-    with pytest.raises(CheckpointError, match=r"tensor a F32 \[4\] does not take a piece of BF16 \[4\]"):
-        writer.write("a", [torch.zeros(4, dtype=torch.bfloat16)])
-    with pytest.raises(CheckpointError, match=r"tensor a F32 \[4\] does not take a piece of F32 \[3\]"):
-        writer.write("a", [torch.zeros(2), torch.zeros(3)])
-    with pytest.raises(CheckpointError, match=r"tensor a F32 \[4\] was given 4 bytes too few"):
-        writer.write("a", [torch.zeros(3)])
-    writer.write("a", [torch.zeros(4)])
-    with pytest.raises(CheckpointError, match="tensor a was written before"):
-        writer.write("a", [torch.zeros(4)])
-    with pytest.raises(CheckpointError, match=r"tensor b was never written \(1 missing\)"):
-        writer.finish()
+PLAN = [("a", torch.float32, (4,)), ("b", torch.float32, (4,))]
+
+
+@pytest.mark.parametrize(
+    ("name", "pieces", "message"),
+    [
+        ("c", [torch.zeros(4)], "tensor c was not announced"),
+        ("b", [torch.zeros(4)], "tensor b was written before"),
+        ("a", [torch.zeros(4).bfloat16()], r"tensor a F32 \[4\] does not take a piece of BF16 \[4\]"),
+        ("a", [torch.zeros(2), torch.zeros(3)], r"tensor a F32 \[4\] does not take a piece of F32 \[3\]"),
+        ("a", [torch.zeros(3)], r"tensor a F32 \[4\] was given 4 bytes too few"),
+        ("a", [], r"tensor a F32 \[4\] was given 16 bytes too few"),
+    ],
+    ids=["unknown", "twice", "dtype", "too long", "too short", "nothing"],
+)
+def test_writer_refuses_what_was_not_announced(tmp_path: Path, name: str, pieces: list[Tensor], message: str) -> None:
+    def write() -> None:
+        with CheckpointWriter(tmp_path, PLAN) as writer:
+            writer.write("b", [torch.zeros(4)])
+            writer.write(name, pieces)
+
+    with pytest.raises(CheckpointError, match=message):
+        write()
 
 
 def test_unfinished_files_do_not_read_as_a_checkpoint(tmp_path: Path) -> None:
-    writer = CheckpointWriter(tmp_path, [("a", torch.float32, (4,)), ("b", torch.float32, (4,))])
-    writer.write("a", [torch.zeros(4)])
-    writer.close()
+    def write() -> None:
+        with CheckpointWriter(tmp_path, PLAN) as writer:
+            writer.write("a", [torch.zeros(4)])
+
+    with pytest.raises(CheckpointError, match=r"tensor b was never written \(1 missing\)"):
+        write()
     with pytest.raises(CheckpointError, match="cut short inside tensor b"):
         CheckpointReader(tmp_path)
 

@@ -23,8 +23,10 @@ class CrossEntropy(torch.autograd.Function):
         for start in range(0, len(rows), step):
             tile = rows[start : start + step]
             logits = wide(hidden_TD[tile]) @ wide(weight_VD).T
-            lse[start : start + step] = torch.logsumexp(logits, dim=-1)
-            nll_T[tile] = lse[start : start + step] - logits.gather(1, targets_T[tile, None]).squeeze(1)
+            target_logits = logits.gather(1, targets_T[tile, None]).squeeze(1)
+            largest = logits.amax(-1)
+            lse[start : start + step] = largest + logits.sub_(largest[:, None]).exp_().sum(-1).log()
+            nll_T[tile] = lse[start : start + step] - target_logits
         ctx.save_for_backward(hidden_TD, weight_VD, targets_T, rows, lse)
         ctx.step = step
         return nll_T
@@ -38,7 +40,7 @@ class CrossEntropy(torch.autograd.Function):
         for start in range(0, len(rows), ctx.step):
             tile = rows[start : start + ctx.step]
             hidden = wide(hidden_TD[tile])
-            dlogits = torch.exp(hidden @ wide(weight_VD).T - lse[start : start + ctx.step, None])
+            dlogits = (hidden @ wide(weight_VD).T).sub_(lse[start : start + ctx.step, None]).exp_()
             dlogits[torch.arange(len(tile)), targets_T[tile]] -= 1.0
             dlogits *= dnll_T[tile, None]
             dhidden_TD[tile] = (dlogits @ wide(weight_VD)).to(hidden_TD.dtype)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from leadline.ops.select_topk.reference import select_topk_reference
+from leadline.ops.select_topk.reference import NonFiniteScoresError, select_topk_reference
+
+__all__ = ["NonFiniteScoresError", "select_topk"]
 
 
 def select_topk(scores_TC: Tensor, visible_T: Tensor, k: int) -> Tensor:
@@ -12,6 +14,6 @@ def select_topk(scores_TC: Tensor, visible_T: Tensor, k: int) -> Tensor:
 
     scores_TC: FP32 [T, C]. visible_T: int64 [T], at most C. Returns int64 [T, k], columns in ascending order, -1 behind
     them when fewer than k are visible. The order is fixed so that sums over the picks do not depend on the scores.
-    Raises ValueError on a score that is not a number.
+    Raises NonFiniteScoresError on a score that is not a number.
     """
     return select_topk_reference(scores_TC, visible_T, k)

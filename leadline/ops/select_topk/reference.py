@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 
+class NonFiniteScoresError(ValueError):
+    """A score is not a number, so no order exists."""
+
+
 def select_topk_reference(scores_TC: Tensor, visible_T: Tensor, k: int) -> Tensor:
     num_columns = scores_TC.shape[1]
     column = torch.arange(num_columns, device=scores_TC.device)
@@ -20,7 +24,7 @@ def select_topk_reference(scores_TC: Tensor, visible_T: Tensor, k: int) -> Tenso
     chosen = above | (equal & (equal.cumsum(1) <= wanted_T1))
     picked = chosen.nonzero()[:, 1]
     if len(picked) != k * len(scores_TC):
-        raise ValueError("index scores are not finite: a NaN reached the top-k selection")
+        raise NonFiniteScoresError("the index scores are not finite: a NaN reached the top-k selection")
     picked = picked.view(-1, k)
     # A row with fewer than k visible columns took invisible ones of score -inf; they are its last.
     return torch.where(picked < visible_T[:, None], picked, -1)

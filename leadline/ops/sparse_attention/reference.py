@@ -20,7 +20,7 @@ from leadline.ops.reach import (
     weighted_columns,
 )
 
-ROWS_PER_TILE = 512  # queries x heads of one tile
+ROWS_PER_TILE = 256  # queries x heads of one tile
 
 
 def tile_size(num_heads: int) -> int:

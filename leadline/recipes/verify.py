@@ -1,0 +1,339 @@
+"""Check a checkpoint against stored numbers, over every way of feeding it.
+
+usage: leadline verify DIR [tolerance=5e-5] [--json]
+
+DIR holds config.json, model.safetensors under the official names, and io.safetensors with what the model must compute:
+
+  tokens [1, P+D]                 the prompt and what follows it; the metadata key `prefill` is P
+  logits_prefill [1, P, V]        logits of the prompt
+  logits_decode [1, D, V]         logits of the tokens behind it
+  mtp_logits [1, P-1, V]          logits of the MTP block at all positions of the prompt but the last
+  streams_after_layer_N [n, S, D] residual streams at n evenly spaced positions of the prompt, for every layer N
+
+The model runs in float32, without cache rounding: the prompt in one piece, in chunks of several sizes, token by token
+behind the prompt, and through the MTP block. Each row shows the largest absolute difference from the stored numbers and
+the token where it is. The exit status is 0 when every row is within the tolerance, 1 when one is not, 2 when DIR cannot
+be used.
+
+  leadline verify tests/golden/exact
+  leadline verify tests/golden/exact tolerance=1e-5 --json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from leadline import cli
+from leadline.model.config import ConfigError, ModelConfig
+from leadline.model.segment import Segment
+from leadline.model.state import State
+from leadline.model.transformer import Transformer
+from leadline.weights.header import CheckpointError, read_header
+from leadline.weights.load import load_checkpoint
+
+CHUNK_SIZES = (1, 3, 4, 5, 64, 127, 128, 129)
+MTP_CHUNK = 64
+GOLDEN_FILE = "io.safetensors"
+FAILED, UNUSABLE = 1, 2
+
+Advance = Callable[[int], None]  # told how many more tokens have been fed
+
+
+class VerifyError(ValueError):
+    """A folder or request that cannot be verified; the message names the thing and the remedy."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line may set."""
+
+    tolerance: float = 5e-5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tolerance < math.inf:
+            raise VerifyError(f"tolerance={self.tolerance}: expected a number that is not negative")
+
+
+@dataclass(frozen=True)
+class Golden:
+    """The stored numbers, without their batch axis. prefill: P; stride: positions between two stored streams."""
+
+    tokens_T: Tensor
+    prefill: int
+    logits_prefill_TV: Tensor
+    logits_decode_TV: Tensor
+    mtp_logits_TV: Tensor | None
+    streams_TSD: tuple[Tensor, ...]
+    stride: int
+
+    @property
+    def prompt_T(self) -> Tensor:
+        return self.tokens_T[: self.prefill]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison. difference: largest absolute one, NaN if any number is; position: the token where it is."""
+
+    name: str
+    difference: float
+    position: int
+
+    def within(self, tolerance: float) -> bool:
+        return self.difference <= tolerance
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_golden(folder: Path, config: ModelConfig) -> Golden:
+    """Read io.safetensors and check that it fits the model; VerifyError and CheckpointError name what does not."""
+    path = folder / GOLDEN_FILE
+    header = read_header(path)
+    prefill = _prefill(path, header.metadata)
+    shapes = {name: info.shape for name, info in header.tensors.items()}
+    _check_shapes(path, shapes, config, prefill)
+    tensors = load_file(path)
+    tokens_T = tensors["tokens"][0].long()
+    if int(tokens_T.min()) < 0 or int(tokens_T.max()) >= config.vocab_size:
+        raise VerifyError(
+            f"{path}: tokens run from {int(tokens_T.min())} to {int(tokens_T.max())}, "
+            f"the vocabulary has {config.vocab_size}"
+        )
+    streams = tuple(tensors[f"streams_after_layer_{layer}"] for layer in range(config.num_hidden_layers))
+    return Golden(
+        tokens_T,
+        prefill,
+        tensors["logits_prefill"][0],
+        tensors["logits_decode"][0],
+        tensors["mtp_logits"][0] if config.num_nextn_predict_layers else None,
+        streams,
+        math.ceil(prefill / len(streams[0])),
+    )
+
+
+def _prefill(path: Path, metadata: Any) -> int:
+    text = metadata.get("prefill", "")
+    if not text.isdecimal() or int(text) < 2:
+        raise VerifyError(f"{path}: metadata key 'prefill' is {text!r}, expected the length of the prompt, 2 or more")
+    return int(text)
+
+
+def _check_shapes(path: Path, shapes: dict[str, tuple[int, ...]], config: ModelConfig, prefill: int) -> None:
+    total = shapes.get("tokens", (1, 0))[-1]
+    if total <= prefill:
+        raise VerifyError(f"{path}: tokens {list(shapes.get('tokens', ()))} must go beyond the prompt of {prefill}")
+    vocabulary = config.vocab_size
+    expected: dict[str, tuple[int, ...]] = {
+        "tokens": (1, total),
+        "logits_prefill": (1, prefill, vocabulary),
+        "logits_decode": (1, total - prefill, vocabulary),
+    }
+    if config.num_nextn_predict_layers:
+        expected["mtp_logits"] = (1, prefill - 1, vocabulary)
+    stored = (shapes.get("streams_after_layer_0") or (prefill,))[0]
+    stride = math.ceil(prefill / max(stored, 1))
+    if len(range(0, prefill, stride)) != stored:
+        raise VerifyError(f"{path}: {stored} stored positions are not evenly spaced in a prompt of {prefill}")
+    for layer in range(config.num_hidden_layers):
+        expected[f"streams_after_layer_{layer}"] = (stored, config.hc_mult, config.hidden_size)
+    for name, shape in expected.items():
+        if name not in shapes:
+            raise VerifyError(f"{path}: lacks tensor {name}")
+        if shapes[name] != shape:
+            raise VerifyError(f"{path}: tensor {name} is {list(shapes[name])}, the model needs {list(shape)}")
+
+
+# -- comparing -----------------------------------------------------------------------------------------------------
+
+
+def compare(name: str, found: Tensor, stored: Tensor, first: int = 0, stride: int = 1) -> Row:
+    """The largest difference of two tensors whose first axis is positions first, first + stride, ..."""
+    difference_T = (found.double() - stored.double()).abs().flatten(1).amax(1)
+    worst = int(difference_T.nan_to_num(nan=math.inf).argmax())
+    return Row(name, float(difference_T[worst]), first + stride * worst)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A comparison to be made: what it is called, how many tokens it feeds, and how to run it."""
+
+    name: str
+    num_tokens: int
+    run: Callable[[Advance], list[Row]]
+
+
+def checks(model: Transformer, golden: Golden) -> list[Check]:
+    """Everything that `verify` compares, in the order of the table."""
+    length, decoded = golden.prefill, len(golden.logits_decode_TV)
+
+    def one_piece(advance: Advance) -> list[Row]:
+        with _streams_of(model) as streams:
+            logits = _feed(model, golden.prompt_T, [0, length], None, advance)
+        rows = [compare("prefill, one piece", logits, golden.logits_prefill_TV)]
+        for layer, stored in enumerate(golden.streams_TSD):
+            found = streams[layer][:: golden.stride]
+            rows.append(compare(f"streams after layer {layer}", found, stored, stride=golden.stride))
+        return rows
+
+    def chunked(size: int, advance: Advance) -> list[Row]:
+        logits = _feed(model, golden.prompt_T, _borders(length, size), State(model.config, 1), advance)
+        return [compare(f"prefill, chunks of {size}", logits, golden.logits_prefill_TV)]
+
+    def decoding(advance: Advance) -> list[Row]:
+        borders = [0, *range(length, length + decoded + 1)]
+        logits = _feed(model, golden.tokens_T, borders, State(model.config, 1), advance)
+        return [compare("decode, token by token", logits[length:], golden.logits_decode_TV, first=length)]
+
+    def mtp(name: str, borders: list[int], stored: Tensor, advance: Advance) -> list[Row]:
+        state = State(model.config, 1) if len(borders) > 2 else None
+        return [compare(name, _feed(model, golden.prompt_T, borders, state, advance, mtp=True), stored)]
+
+    result = [Check("prefill", length, one_piece)]
+    for size in CHUNK_SIZES:
+        if size < length:
+            result.append(Check(f"chunks of {size}", length, lambda advance, size=size: chunked(size, advance)))
+    result.append(Check("decode", length + decoded, decoding))
+    stored = golden.mtp_logits_TV
+    if stored is not None:
+        for name, size in (("MTP, one piece", length), (f"MTP, chunks of {MTP_CHUNK}", MTP_CHUNK)):
+            borders = _borders(length - 1, size)
+            result.append(
+                Check(name, length - 1, lambda advance, name=name, b=borders: mtp(name, b, stored, advance))
+            )
+    return result
+
+
+def _borders(length: int, size: int) -> list[int]:
+    return [*range(0, length, size), length]
+
+
+@torch.no_grad()
+def _feed(
+    model: Transformer, tokens_T: Tensor, borders: Sequence[int], state: State | None, advance: Advance, mtp: bool = False
+) -> Tensor:
+    """Logits of the trunk, or of the MTP block, when the tokens are fed in pieces; the piece count decides nothing."""
+    parts = []
+    for start, stop in zip(borders, borders[1:], strict=False):
+        output = model(Segment.of(tokens_T[start:stop], past=[start]), state)
+        if mtp:
+            hidden_TD, _ = model.predict_second(output, tokens_T[start + 1 : stop + 1], state)
+        else:
+            hidden_TD = model.hidden(output.streams_TSD)
+        parts.append(model.logits(hidden_TD))
+        advance(stop - start)
+    return torch.cat(parts)
+
+
+@contextmanager
+def _streams_of(model: Transformer) -> Iterator[list[Tensor]]:
+    """Collects what each block returns while inside."""
+    streams: list[Tensor] = []
+
+    def keep(_block: nn.Module, _inputs: Any, output: Any) -> None:
+        streams.append(output[0])
+
+    hooks = [block.register_forward_hook(keep) for block in model.layers]
+    try:
+        yield streams
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def verify(folder: Path, progress: Progress) -> list[Row]:
+    """Load the folder and make every comparison."""
+    config = ModelConfig.from_file(folder)
+    golden = read_golden(folder, config)
+    loading = progress.add_task("loading", total=None)
+    model = load_checkpoint(folder, dtype=torch.float32)
+    progress.remove_task(loading)
+    planned = checks(model, golden)
+    task = progress.add_task("", total=sum(check.num_tokens for check in planned))
+    rows = []
+    for check in planned:
+        progress.update(task, description=check.name)
+        rows += check.run(lambda fed: progress.advance(task, fed))
+    return rows
+
+
+# -- the verb ------------------------------------------------------------------------------------------------------
+
+
+def render(folder: Path, rows: Sequence[Row], tolerance: float, console: Console) -> None:
+    """Print the table and the verdict."""
+    table = Table(box=box.SIMPLE_HEAD, header_style="dim")
+    table.add_column("")
+    for name in ("largest difference", "at token", ""):
+        table.add_column(name, justify="right")
+    for row in rows:
+        verdict = "[green]ok[/]" if row.within(tolerance) else "[bold red]differs[/]"
+        table.add_row(row.name, f"{row.difference:.2e}", str(row.position), verdict)
+    console.print(table)
+    failed = [row.name for row in rows if not row.within(tolerance)]
+    if failed:
+        console.print(f"{folder}: {len(failed)} of {len(rows)} rows exceed {tolerance:g}: {', '.join(failed)}")
+    else:
+        console.print(f"{folder}: all {len(rows)} rows are within {tolerance:g}")
+
+
+def as_json(folder: Path, rows: Sequence[Row], tolerance: float) -> str:
+    """The same as one JSON object; a difference that is not a number is null."""
+    content = {
+        "folder": str(folder),
+        "tolerance": tolerance,
+        "passed": all(row.within(tolerance) for row in rows),
+        "rows": [
+            {
+                "name": row.name,
+                "difference": row.difference if math.isfinite(row.difference) else None,
+                "position": row.position,
+                "passed": row.within(tolerance),
+            }
+            for row in rows
+        ],
+    }
+    return json.dumps(content, indent=2)
+
+
+def parse(arguments: Sequence[str]) -> tuple[Path, Options, bool]:
+    """Folder, options and whether JSON is wanted."""
+    folders = [word for word in arguments if "=" not in word and not word.startswith("-")]
+    options = cli.override(Options(), [word for word in arguments if word != "--json" and word not in folders])
+    if len(folders) != 1:
+        raise VerifyError(f"expected one folder, got {' '.join(folders) or 'none'}")
+    if not Path(folders[0]).is_dir():
+        raise VerifyError(f"{folders[0]}: no such folder")
+    return Path(folders[0]), options, "--json" in arguments
+
+
+def main(arguments: list[str]) -> int:
+    """Run `leadline verify`; returns the exit code."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    try:
+        folder, options, json_wanted = parse(arguments)
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            rows = verify(folder, progress)
+    except (VerifyError, cli.UsageError, ConfigError, CheckpointError) as error:
+        print(f"leadline verify: {error}", file=sys.stderr)
+        return UNUSABLE
+    if json_wanted:
+        print(as_json(folder, rows, options.tolerance))
+    else:
+        render(folder, rows, options.tolerance, Console(highlight=False))
+    return 0 if all(row.within(options.tolerance) for row in rows) else FAILED

@@ -1,0 +1,322 @@
+"""One path: however sequences are cut, mixed and resumed, their numbers are those of a single run.
+
+The prompts and weights are fixed, and no choice of an indexer or router in them is close (see `closest_choices`): what is
+drawn at random is how the prompts are cut and mixed, so the comparisons can be tight.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from leadline.model.config import TINY, ModelConfig
+from leadline.model.segment import Segment
+from leadline.model.state import State
+from leadline.model.transformer import Transformer
+
+LENGTHS = (300, 150, 131, 40)
+SMALLEST_GAP = 4e-5
+CHUNKS = [1, 3, 4, 5, 64, 127, 128, 129]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A model, some token sequences, and the logits of each from a run of its own."""
+
+    model: Transformer
+    tokens: tuple[Tensor, ...]
+    logits: tuple[Tensor, ...]
+    mtp_logits: tuple[Tensor, ...]
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    def state(self, slots: int) -> State:
+        return State(self.config, slots)
+
+
+@torch.no_grad()
+def run(model: Transformer, segment: Segment, state: State | None = None) -> list[Tensor]:
+    """Logits of each sequence of the segment."""
+    return list(model.logits(model.hidden(model(segment, state).streams_TSD)).split(segment.lengths))
+
+
+@torch.no_grad()
+def run_mtp(
+    model: Transformer, segment: Segment, following: Sequence[Tensor], state: State | None = None
+) -> list[Tensor]:
+    """The MTP block's logits of each sequence, given the token after each of its tokens."""
+    hidden, _ = model.predict_second(model(segment, state), torch.cat(list(following)), state)
+    return list(model.logits(hidden).split(segment.lengths))
+
+
+@pytest.fixture(scope="module")
+def prompts(
+    random_model: Callable[[ModelConfig, int], Transformer], closest_choices: Callable[..., Tensor]
+) -> Prompts:
+    model = random_model(TINY, 0)
+    generator = torch.Generator().manual_seed(10)
+    tokens = [torch.randint(0, TINY.vocab_size, (length,), generator=generator) for length in LENGTHS]
+    for sequence in tokens:
+        assert closest_choices(model, sequence, with_mtp=True).min() > SMALLEST_GAP, "choose another seed"
+    logits = [run(model, Segment.of(sequence))[0] for sequence in tokens]
+    mtp = [run_mtp(model, Segment.of(sequence[:-1]), [sequence[1:]])[0] for sequence in tokens]
+    return Prompts(model, tuple(tokens), tuple(logits), tuple(mtp))
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    """Within 1e-5 of the largest logit."""
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def runs_of(prompts: Prompts, number: int, borders: Sequence[int], slot: int, state: State) -> Tensor:
+    """Logits of a prompt fed chunk by chunk into a slot."""
+    parts = []
+    for start, stop in itertools.pairwise(borders):
+        segment = Segment.of(prompts.tokens[number][start:stop], past=[start], slots=[slot])
+        parts += run(prompts.model, segment, state)
+    return torch.cat(parts)
+
+
+def cuts(data: st.DataObject, length: int, most: int) -> list[int]:
+    inner = data.draw(st.lists(st.integers(1, length - 1), max_size=most, unique=True)) if length > 1 else []
+    return [0, *sorted(inner), length]
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_equal_chunks(prompts: Prompts, chunk: int) -> None:
+    borders = [*range(0, LENGTHS[0], chunk), LENGTHS[0]]
+    assert_close(runs_of(prompts, 0, borders, 0, prompts.state(1)), prompts.logits[0])
+
+
+@settings(max_examples=30)
+@given(st.data())
+def test_any_split(prompts: Prompts, data: st.DataObject) -> None:
+    number = data.draw(st.sampled_from(range(len(LENGTHS))))
+    borders = cuts(data, LENGTHS[number], most=8)
+    assert_close(runs_of(prompts, number, borders, 0, prompts.state(1)), prompts.logits[number])
+
+
+@settings(max_examples=20)
+@given(st.data())
+def test_any_interleaving(prompts: Prompts, data: st.DataObject) -> None:
+    """Each step takes some sequences, in any order, a few or many tokens of each; slots are given out at random."""
+    numbers = data.draw(st.lists(st.sampled_from(range(len(LENGTHS))), min_size=1, max_size=5))
+    slots = data.draw(st.permutations(range(len(numbers) + 2)))[: len(numbers)]
+    state = prompts.state(len(numbers) + 2)
+    seen = [0] * len(numbers)
+    parts: list[list[Tensor]] = [[] for _ in numbers]
+    while True:
+        open_runs = [run for run, number in enumerate(numbers) if seen[run] < LENGTHS[number]]
+        if not open_runs:
+            break
+        chosen = data.draw(st.lists(st.sampled_from(open_runs), min_size=1, unique=True))
+        stops = []
+        for which in chosen:
+            rest = LENGTHS[numbers[which]] - seen[which]
+            stops.append(seen[which] + data.draw(st.sampled_from(sorted({1, min(7, rest), min(60, rest), rest}))))
+        segment = Segment.of(
+            *(prompts.tokens[numbers[which]][seen[which] : stop] for which, stop in zip(chosen, stops, strict=True)),
+            past=[seen[which] for which in chosen],
+            slots=[slots[which] for which in chosen],
+        )
+        for which, stop, logits in zip(chosen, stops, run(prompts.model, segment, state), strict=True):
+            parts[which].append(logits)
+            seen[which] = stop
+    for number, part in zip(numbers, parts, strict=True):
+        assert_close(torch.cat(part), prompts.logits[number])
+
+
+@settings(max_examples=30)
+@given(st.data())
+def test_ragged_segments_equal_single_runs(prompts: Prompts, data: st.DataObject) -> None:
+    """Without a state and with one, trunk and MTP block."""
+    numbers = data.draw(st.lists(st.sampled_from(range(len(LENGTHS))), min_size=1, max_size=6))
+    lengths = [data.draw(st.integers(1, LENGTHS[number] - 1)) for number in numbers]
+    pairs = list(zip(numbers, lengths, strict=True))
+    segment = Segment.of(*(prompts.tokens[number][:length] for number, length in pairs))
+    following = [prompts.tokens[number][1 : length + 1] for number, length in pairs]
+    state = prompts.state(len(numbers)) if data.draw(st.booleans()) else None
+    for (number, length), logits in zip(pairs, run(prompts.model, segment, state), strict=True):
+        assert_close(logits, prompts.logits[number][:length])
+    for (number, length), logits in zip(pairs, run_mtp(prompts.model, segment, following, state), strict=True):
+        assert_close(logits, prompts.mtp_logits[number][:length])
+
+
+@settings(max_examples=20)
+@given(st.data())
+def test_any_split_of_the_mtp_block(prompts: Prompts, data: st.DataObject) -> None:
+    """Two sequences in one state, cut at the same places: the MTP block's ring moves in step with the trunk's."""
+    first, second = data.draw(st.permutations(range(len(LENGTHS))))[:2]
+    length = min(LENGTHS[first], LENGTHS[second]) - 1
+    state, parts = prompts.state(2), []
+    for start, stop in itertools.pairwise(cuts(data, length, most=8)):
+        sequences = [prompts.tokens[number] for number in (first, second)]
+        segment = Segment.of(*(tokens[start:stop] for tokens in sequences), past=[start, start])
+        parts.append(run_mtp(prompts.model, segment, [tokens[start + 1 : stop + 1] for tokens in sequences], state))
+    for number, logits in zip((first, second), zip(*parts, strict=True), strict=True):
+        assert_close(torch.cat(logits), prompts.mtp_logits[number][:length])
+
+
+def fill_with(state: State, garbage: float) -> None:
+    """Overwrite all that a state holds."""
+    for layer in [*state.layers, *state.mtp]:
+        layer.window_NWK.fill_(garbage)
+        for part in (layer.entries, layer.index):
+            if part is not None:
+                for tensor in (part.values_NRE, part.scores_NRE, part.entries_NCD):
+                    tensor.fill_(garbage)
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_a_used_slot_is_as_good_as_a_fresh_one(prompts: Prompts, data: st.DataObject) -> None:
+    """Restarting a slot with past = 0 needs no clearing: rings and tails of the former owner are never read. Bitwise."""
+    number = data.draw(st.sampled_from(range(len(LENGTHS))))
+    borders = cuts(data, LENGTHS[number], most=5)
+    expected = runs_of(prompts, number, borders, 1, prompts.state(3))
+    used = prompts.state(3)
+    if data.draw(st.booleans()):
+        used = State(prompts.config, 3, capacity_tokens=data.draw(st.integers(0, 400)))
+        fill_with(used, float("nan"))
+    for _ in range(data.draw(st.integers(1, 3))):
+        former = data.draw(st.sampled_from(range(len(LENGTHS))))
+        stop = data.draw(st.integers(1, LENGTHS[former]))
+        runs_of(prompts, former, [0, stop], data.draw(st.integers(0, 2)), used)
+    assert torch.equal(runs_of(prompts, number, borders, 1, used), expected)
+
+
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("chunk", [1, 5, 130])
+def test_a_slot_full_of_garbage(prompts: Prompts, garbage: float, chunk: int) -> None:
+    borders = [*range(0, LENGTHS[2], chunk), LENGTHS[2]]
+    state = State(prompts.config, 2, capacity_tokens=200)
+    fill_with(state, garbage)
+    expected = runs_of(prompts, 2, borders, 1, prompts.state(2))
+    assert torch.equal(runs_of(prompts, 2, borders, 1, state), expected)
+
+
+def test_a_batch_of_short_sequences_in_garbage(prompts: Prompts) -> None:
+    """Sequences too short for an entry share a tile with one that has many; nobody's slot was clean."""
+    state = State(prompts.config, 4, capacity_tokens=300)
+    fill_with(state, float("nan"))
+    runs_of(prompts, 1, [0, 140], 2, state)
+    tokens = [prompts.tokens[0][:2], prompts.tokens[1][140:143], prompts.tokens[3][:1]]
+    found = run(prompts.model, Segment.of(*tokens, past=[0, 140, 0], slots=[0, 2, 3]), state)
+    expected = prompts.logits[0][:2], prompts.logits[1][140:143], prompts.logits[3][:1]
+    for logits, wanted in zip(found, expected, strict=True):
+        assert_close(logits, wanted)
+
+
+def test_a_state_that_grows_in_midstream(prompts: Prompts) -> None:
+    """Every step outgrows the slots; what other slots hold survives each move."""
+    state = prompts.state(2)
+    runs_of(prompts, 2, [0, 100], 1, state)
+    capacities = []
+    for start in range(0, 300, 20):
+        segment = Segment.of(prompts.tokens[0][start : start + 20], past=[start], slots=[0])
+        (logits,) = run(prompts.model, segment, state)
+        assert_close(logits, prompts.logits[0][start : start + 20])
+        capacities.append(state.capacity_tokens)
+    assert capacities[-1] >= 300
+    assert len(set(capacities)) <= 4, "the slots must at least double when they grow"
+    segment = Segment.of(prompts.tokens[2][100:], past=[100], slots=[1])
+    assert_close(run(prompts.model, segment, state)[0], prompts.logits[2][100:])
+
+
+# In these two every token visits all experts, so that other tokens cannot change the shape of a matrix product: then
+# independence can be asked for bitwise.
+ALL_EXPERTS = TINY.replace(n_routed_experts=3, num_experts_per_tok=3)
+
+
+@settings(max_examples=20)
+@given(st.data())
+def test_a_sequence_never_influences_another(
+    random_model: Callable[[ModelConfig, int], Transformer], data: st.DataObject
+) -> None:
+    model = random_model(ALL_EXPERTS, 1)
+    lengths = data.draw(st.lists(st.sampled_from([1, 2, 5, 9, 64, 140]), min_size=2, max_size=5))
+    changed = data.draw(st.integers(0, len(lengths) - 1))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    before = [torch.randint(0, 256, (length,), generator=generator) for length in lengths]
+    after = list(before)
+    after[changed] = torch.randint(0, 256, (lengths[changed],), generator=generator)
+    with_state = data.draw(st.booleans())
+    results = []
+    for sequences in (before, after):
+        state = State(ALL_EXPERTS, len(lengths)) if with_state else None
+        logits = run(model, Segment.of(*sequences), state)
+        if state is not None:  # and one more token each, with a past
+            following = [sequence[:1] for sequence in sequences]
+            logits += run(model, Segment.of(*following, past=lengths), state)
+        results.append(logits)
+    for place, (old, new) in enumerate(zip(*results, strict=True)):
+        if place % len(lengths) != changed:
+            assert torch.equal(old, new)
+
+
+@settings(max_examples=20)
+@given(st.data())
+def test_the_future_never_influences_the_past(
+    random_model: Callable[[ModelConfig, int], Transformer], data: st.DataObject
+) -> None:
+    """Item 2 of the report's causality: tokens from `border` on change nothing before it, trunk and MTP block."""
+    model = random_model(ALL_EXPERTS, 2)
+    length = data.draw(st.sampled_from([2, 5, 17, 129, 270]))
+    border = data.draw(st.integers(1, length - 1))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    before = torch.randint(0, 256, (length + 1,), generator=generator)
+    after = before.clone()
+    after[border:] = torch.randint(0, 256, (length + 1 - border,), generator=generator)
+    old, new = (run(model, Segment.of(tokens[:-1]))[0] for tokens in (before, after))
+    assert torch.equal(old[:border], new[:border])
+    old, new = (run_mtp(model, Segment.of(tokens[:-1]), [tokens[1:]])[0] for tokens in (before, after))
+    assert torch.equal(old[: border - 1], new[: border - 1])
+
+
+@pytest.mark.parametrize("ratio", [4, 128])
+@pytest.mark.parametrize("changed", [0, 3, 4, 7, 126, 127, 128, 131, 200])
+def test_a_token_reaches_its_own_entry_and_the_next_overlapping_one(
+    random_model: Callable[[ModelConfig, int], Transformer], ratio: int, changed: int
+) -> None:
+    """In the first layer, where a token's input is its embedding alone."""
+    config = TINY.replace(num_hidden_layers=1, compress_ratios=(ratio, 0), num_hash_layers=1)
+    model = random_model(config, 0)
+    tokens = torch.arange(260) % 256
+    kept = []
+    for sequence in (tokens, torch.where(torch.arange(260) == changed, 99, tokens)):
+        state = State(config, 1)
+        run(model, Segment.of(sequence), state)
+        kept.append(state.layers[0])
+    for before, after in ((kept[0].entries, kept[1].entries), (kept[0].index, kept[1].index)):
+        if before is not None and after is not None:
+            differing = (before.entries_NCD != after.entries_NCD).any(-1)[0].nonzero().flatten().tolist()
+            assert differing == ([changed // 4, changed // 4 + 1] if ratio == 4 else [changed // 128])
+
+
+def test_shifting_every_position_by_a_multiple_of_128_changes_nothing(prompts: Prompts) -> None:
+    """Queries, keys, entries and the rotation back all move together, YaRN included."""
+    model = prompts.model
+    segment = Segment.of(prompts.tokens[0])
+    with torch.no_grad():
+        index = model.index(segment, None)
+        x = model.embed(segment.tokens_T)[:, None].expand(-1, model.config.hc_mult, -1)
+        for ratio in (0, 4, 128):
+            index._rotation[ratio] = index._rotate(segment.positions_T + 10 * 128, ratio)
+        for ratio, rows in index.pool.items():
+            first = torch.arange(len(rows.rows_CG)) * ratio
+            object.__setattr__(rows, "rotation", index._rotate(first + 10 * 128, ratio))
+        for block in model.layers:
+            x, _ = block(x, index, None, model.cache_format)
+        logits = model.logits(model.hidden(x))
+    # The angles themselves are FP32 numbers of up to 1580: their rounding is what is left.
+    torch.testing.assert_close(logits, prompts.logits[0], rtol=0, atol=2e-3)

@@ -1,0 +1,249 @@
+"""Loading: either naming, either device state, and every way in which a folder can fail to fit a model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from leadline.model.config import PRESETS, ModelConfig
+from leadline.model.transformer import Transformer
+from leadline.weights import load as load_module
+from leadline.weights.files import CheckpointReader
+from leadline.weights.header import CheckpointError
+from leadline.weights.load import load_checkpoint, load_weights
+from leadline.weights.names import NAMINGS, keeps_float32
+from leadline.weights.save import save_checkpoint
+
+TINY = PRESETS["tiny"]
+WITHOUT_MTP = TINY.replace(num_nextn_predict_layers=0, compress_ratios=TINY.layer_ratios)
+Build = Callable[..., Transformer]
+
+
+def assert_equal(model: torch.nn.Module, expected: torch.nn.Module) -> None:
+    found, wanted = model.state_dict(), expected.state_dict()
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.fixture
+def saved(build_model: Build, tmp_path: Path) -> tuple[Transformer, Path]:
+    model = build_model()
+    save_checkpoint(model, TINY, tmp_path / "model")
+    return model, tmp_path / "model"
+
+
+def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_same_tensor_objects_are_filled(saved: tuple[Transformer, Path], build_model: Build) -> None:
+    """Optimisers and views that hold the parameters must see the new values."""
+    model, folder = saved
+    other = build_model()
+    before = {name: tensor.data_ptr() for name, tensor in other.state_dict().items()}
+    load_weights(other, folder)
+    assert_equal(other, model)
+    assert {name: tensor.data_ptr() for name, tensor in other.state_dict().items()} == before
+
+
+def test_meta_model_is_materialised(saved: tuple[Transformer, Path]) -> None:
+    model, folder = saved
+    with torch.device("meta"):
+        other = Transformer(TINY)
+    other.embed.weight.requires_grad_(False)
+    load_weights(other, folder)
+    assert_equal(other, model)
+    assert not other.embed.weight.requires_grad
+    assert other.head.weight.requires_grad
+    assert isinstance(other.head.weight, torch.nn.Parameter)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtype_argument_spares_what_the_release_keeps_in_float32(
+    saved: tuple[Transformer, Path], dtype: torch.dtype
+) -> None:
+    model, folder = saved
+    loaded = load_checkpoint(folder, dtype=dtype).state_dict()
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            tensor = tensor.to(torch.float32 if keeps_float32(name) else dtype)
+        assert loaded[name].dtype == tensor.dtype, name
+        assert torch.equal(loaded[name], tensor), name
+
+
+def test_bfloat16_file_into_float32_model(build_model: Build, tmp_path: Path) -> None:
+    model = build_model()
+    save_checkpoint(model, TINY, tmp_path / "model", dtype=torch.bfloat16)
+    other = build_model()
+    load_weights(other, tmp_path / "model")
+    for name, tensor in model.state_dict().items():
+        rounded = tensor if keeps_float32(name) or not tensor.is_floating_point() else tensor.bfloat16().float()
+        assert torch.equal(other.state_dict()[name], rounded), name
+
+
+def test_model_in_float64_needs_float64_files(build_model: Build, tmp_path: Path) -> None:
+    model = build_model().double()
+    save_checkpoint(model, TINY, tmp_path / "model")
+    other = build_model().double()
+    load_weights(other, tmp_path / "model")
+    assert_equal(other, model)
+    with pytest.raises(CheckpointError, match=r"is F64 .* needs F32"):
+        load_weights(build_model(), tmp_path / "model")
+
+
+def test_mtp_is_left_out_on_request_only(saved: tuple[Transformer, Path], build_model: Build) -> None:
+    model, folder = saved
+    trunk = load_checkpoint(folder, with_mtp=False)
+    names = [name for name in model.state_dict() if not name.startswith("mtp.")]
+    assert list(trunk.state_dict()) == names
+    assert all(torch.equal(trunk.state_dict()[name], model.state_dict()[name]) for name in names)
+    with pytest.raises(CheckpointError, match=r"holds mtp\.0\..* which the model does not have; .*ignore_mtp"):
+        load_weights(build_model(WITHOUT_MTP), folder)
+
+
+def test_mtp_must_be_in_the_folder_when_the_model_has_it(build_model: Build, tmp_path: Path) -> None:
+    save_checkpoint(build_model(WITHOUT_MTP), WITHOUT_MTP, tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"lacks mtp\.0\..* and \d+ more; build the model without"):
+        load_weights(build_model(), tmp_path / "model")
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_missing_tensor_is_named(build_model: Build, tmp_path: Path, naming: str) -> None:
+    save_checkpoint(build_model(), TINY, tmp_path / "model", naming=naming)
+    names = list(load_file(tmp_path / "model" / "model.safetensors"))
+    for name in names[:: len(names) // 7]:
+        folder = tmp_path / "cut"
+        shutil.copytree(tmp_path / "model", folder)
+        edit(folder, lambda tensors, name=name: tensors.pop(name))
+        with pytest.raises(CheckpointError) as caught:
+            load_weights(build_model(), folder)
+        assert f"lacks {name}" in str(caught.value)
+        shutil.rmtree(folder)
+
+
+def test_surplus_tensor_is_named(saved: tuple[Transformer, Path], build_model: Build) -> None:
+    _, folder = saved
+    edit(folder, lambda tensors: tensors.update({"layers.9.attn.wq_a.weight": torch.zeros(2)}))
+    with pytest.raises(CheckpointError, match=r"holds layers\.9\.attn\.wq_a\.weight, which the model does not have"):
+        load_weights(build_model(), folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "found", "needed"),
+    [
+        ("embed.weight", torch.zeros(255, 64), "F32 [255, 64]", "embed.weight needs F32 [256, 64]"),
+        ("layers.1.attn.wq_a.weight", torch.zeros(64, 32), "F32 [64, 32]", "attn.wq_a.weight needs F32 [32, 64]"),
+        ("layers.0.ffn.gate.tid2eid", torch.zeros(256, 2), "F32 [256, 2]", "gate.tid2eid needs I64 [256, 2]"),
+        ("layers.0.ffn.gate.tid2eid", torch.zeros(256, 2).int(), "I32 [256, 2]", "gate.tid2eid needs I64 [256, 2]"),
+        ("layers.1.ffn.gate.bias", torch.zeros(8).long(), "I64 [8]", "layers.1.ffn.gate.bias needs F32 [8]"),
+        ("layers.1.ffn.gate.bias", torch.zeros(()), "F32 []", "layers.1.ffn.gate.bias needs F32 [8]"),
+        ("layers.2.ffn.experts.3.w1.weight", torch.zeros(32, 63), "F32 [32, 63]", "ffn.experts.w1 needs F32 [32, 64]"),
+        ("norm.weight", torch.zeros(64).double(), "F64 [64]", "norm.weight needs F32 [64]"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_shape_or_dtype_is_named_and_nothing_is_loaded(
+    saved: tuple[Transformer, Path], build_model: Build, name: str, tensor: Tensor, found: str, needed: str
+) -> None:
+    _, folder = saved
+    edit(folder, lambda tensors: tensors.update({name: tensor}))
+    other = build_model()
+    untouched = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(other, folder)
+    assert f"model.safetensors: tensor {name} is {found}, the model's" in str(caught.value)
+    assert str(caught.value).endswith(needed)
+    assert all(torch.equal(tensor, untouched[name]) for name, tensor in other.state_dict().items())
+
+
+def test_fused_tensor_of_the_wrong_width_is_named(build_model: Build, tmp_path: Path) -> None:
+    save_checkpoint(build_model(), TINY, tmp_path / "model", naming="transformers")
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    edit(tmp_path / "model", lambda tensors: tensors.update({name: torch.zeros(8, 63, 64)}))
+    with pytest.raises(CheckpointError, match=r"gate_up_proj is F32 \[8, 63, 64\], .* needs F32 \[8, 64, 64\]"):
+        load_weights(build_model(), tmp_path / "model")
+
+
+def test_experts_of_unlike_dtypes_do_not_decide_by_chance(saved: tuple[Transformer, Path]) -> None:
+    _, folder = saved
+    name = "layers.1.ffn.experts.5.w1.weight"
+    edit(folder, lambda tensors: tensors.update({name: tensors[name].double()}))
+    with pytest.raises(CheckpointError, match=r"experts\.5\.w1\.weight is F64 .* needs F32"):
+        load_checkpoint(folder)
+
+
+def test_quantised_weights_are_refused_in_words(saved: tuple[Transformer, Path]) -> None:
+    _, folder = saved
+    name = "layers.1.attn.wq_a.weight"
+    edit(folder, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}))
+    with pytest.raises(CheckpointError, match=r"wq_a\.weight is F8_E4M3 .* FP8 and FP4 .*not supported"):
+        load_checkpoint(folder)
+
+
+def test_foreign_checkpoint_is_recognised(tmp_path: Path, build_model: Build) -> None:
+    save_file({"transformer.h.0.attn.c_attn.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"it has transformer\.h\.0\..*, expected embed\.weight, "):
+        load_weights(build_model(), tmp_path)
+
+
+def test_value_too_large_for_float16(saved: tuple[Transformer, Path]) -> None:
+    _, folder = saved
+    edit(folder, lambda tensors: tensors["layers.2.attn.wkv.weight"][3].fill_(1e5))
+    assert load_checkpoint(folder, dtype=torch.bfloat16).layers
+    with pytest.raises(CheckpointError, match=r"layers\.2\.attn\.wkv\.weight has values that float16 cannot hold"):
+        load_checkpoint(folder, dtype=torch.float16)
+
+
+def test_only_the_three_dtypes(saved: tuple[Transformer, Path]) -> None:
+    with pytest.raises(ValueError, match=r"loaded as torch\.float64"):
+        load_checkpoint(saved[1], dtype=torch.float64)
+
+
+def test_truncated_file(saved: tuple[Transformer, Path]) -> None:
+    file = saved[1] / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cut short inside tensor .*fetch the file again"):
+        load_checkpoint(saved[1])
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is no file: mapped pages of a checkpoint do not count."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no RssAnon line")
+
+
+@pytest.mark.parametrize("naming", ["official", "transformers"])
+def test_loading_holds_one_copy(
+    build_model: Build, tmp_path: Path, naming: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config: ModelConfig = TINY.replace(n_routed_experts=64, moe_intermediate_size=256, vocab_size=8192)
+    model = build_model(config)
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    save_checkpoint(model, config, tmp_path / "model", naming=naming)
+    del model
+    samples: list[int] = []
+    read = CheckpointReader.read
+
+    def sampling(self: CheckpointReader, name: str) -> Tensor:
+        samples.append(anonymous_bytes())
+        return read(self, name)
+
+    monkeypatch.setattr(load_module.CheckpointReader, "read", sampling)
+    before = anonymous_bytes()
+    loaded = load_checkpoint(tmp_path / "model")
+    assert loaded.config == config
+    assert size > 60e6
+    assert max(samples) - before < 1.1 * size
