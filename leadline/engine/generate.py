@@ -1,7 +1,7 @@
 """Generation through the state: a prompt in chunks, then one token after the other.
 
-Every forward pass is the same call as in training; only the past grows. The work of a new token does not depend on how it
-was reached, so any chunk size gives the same continuation.
+Every forward pass is the same call as in training; only the past grows. The work of a new token does not depend on how
+it was reached, so any chunk size gives the same continuation.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def generate(
     prompt: Sequence[int],
     *,
     max_tokens: int,
-    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    sampling: Sampling = Sampling(),
     stop_ids: frozenset[int] = frozenset(),
     chunk_tokens: int = 512,
 ) -> Iterator[int]:
@@ -58,12 +58,20 @@ def generate(
     new: list[int] = list(prompt)
     past = 0
     for _ in range(max_tokens):
-        for start in range(0, len(new), chunk_tokens):
-            chunk = new[start : start + chunk_tokens]
-            output = model(Segment.of(chunk, past=[past], device=device), state)
-            past += len(chunk)
-        token = sample(model.logits(model.hidden(output.streams_TSD[-1:]))[0], sampling, generator)
+        streams_TSD = _run_in_chunks(model, state, new, past, chunk_tokens)
+        past += len(new)
+        token = sample(model.logits(model.hidden(streams_TSD[-1:]))[0], sampling, generator)
         yield token
         if token in stop_ids:
             return
         new = [token]
+
+
+def _run_in_chunks(model: Transformer, state: State, tokens: list[int], past: int, chunk_tokens: int) -> Tensor:
+    """Streams of the last chunk of some tokens that follow `past` others."""
+    first, *rest = range(0, len(tokens), chunk_tokens)
+    device = model.embed.weight.device
+    output = model(Segment.of(tokens[:chunk_tokens], past=[past + first], device=device), state)
+    for start in rest:
+        output = model(Segment.of(tokens[start : start + chunk_tokens], past=[past + start], device=device), state)
+    return output.streams_TSD

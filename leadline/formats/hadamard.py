@@ -18,7 +18,7 @@ def rotate(x: Tensor) -> Tensor:
     y = x.float()
     step = 1
     while step < width:
-        pairs = y.unflatten(-1, (width // (2 * step), 2, step))
+        pairs = y.reshape(*x.shape[:-1], width // (2 * step), 2, step)
         first, second = pairs[..., 0, :], pairs[..., 1, :]
         y = torch.stack((first + second, first - second), dim=-2).flatten(-3)
         step *= 2

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 LAYER_TYPE_OF_RATIO = {
     0: "sliding_attention",
@@ -105,6 +106,7 @@ class ModelConfig:
     extra: Mapping[str, Any] = field(default_factory=dict)  # keys of the file that we do not know, kept as found
 
     def __post_init__(self) -> None:
+        _check_list("compress_ratios", self.compress_ratios, int)
         object.__setattr__(self, "compress_ratios", tuple(self.compress_ratios))
         for name, value in self.__dict__.items():
             expected = _FIELD_KINDS.get(name)
@@ -112,7 +114,10 @@ class ModelConfig:
                 not isinstance(value, expected) or isinstance(value, bool) != (expected is bool)
             ):
                 kinds = expected if isinstance(expected, tuple) else (expected,)
-                _refuse(name, value, f"must be of type {' or '.join(kind.__name__ for kind in kinds)}")
+                words = ("None" if kind is type(None) else kind.__name__ for kind in kinds)
+                _refuse(name, value, f"must be of type {' or '.join(words)}")
+            if isinstance(value, float) and not math.isfinite(value):
+                _refuse(name, value, "must be finite")
         _check_rules(self)
 
     @property
@@ -145,8 +150,8 @@ class ModelConfig:
         remaining.pop("architectures", None)
         if "layer_types" in remaining or "rope_parameters" in remaining:
             _fold_transformers_spelling(remaining)
-        else:
-            _fold_official_spelling(remaining)
+        # Files in transformers' spelling exist whose rotary part is still official.
+        _fold_official_spelling(remaining)
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         arguments = {name: remaining.pop(name) for name in list(remaining) if name in known}
         for name, value in arguments.items():
@@ -240,14 +245,35 @@ _NESTED_OR_RENAMED = {
 
 
 def _field_kind(annotation: str) -> Any:
-    return {"int": int, "float": float, "bool": bool, "str": str}.get(annotation)
+    """What a field of this annotation may hold, for isinstance; None where `_check_list` checks."""
+    none = type(None)
+    return {
+        "int": int,
+        "float": float,
+        "bool": bool,
+        "str": str,
+        "int | None": (int, none),
+        "str | None": (str, none),
+        "Mapping[str, Any]": Mapping,
+        "Mapping[str, Any] | None": (Mapping, none),
+    }.get(annotation)
 
 
 _FIELD_KINDS = {f.name: _field_kind(str(f.type)) for f in dataclasses.fields(ModelConfig)}
 
 
-def _refuse(name: str, value: Any, rule: str) -> None:
+def _refuse(name: str, value: Any, rule: str) -> NoReturn:
     raise ConfigError(f"config field '{name}' = {value!r}: {rule}")
+
+
+def _check_list(name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, list | tuple) or not all(type(item) is kind for item in value):
+        _refuse(name, value, f"must be a list of {kind.__name__}")
+
+
+def _check_mapping(name: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        _refuse(name, value, f"must be an object, got {type(value).__name__}")
 
 
 def _fold_official_spelling(values: dict[str, Any]) -> None:
@@ -286,7 +312,9 @@ def _fold_transformers_spelling(values: dict[str, Any]) -> None:
     """Rewrite transformers' names to the official ones in place."""
     layer_types = values.pop("layer_types", None)
     if layer_types is not None:
+        _check_list("layer_types", layer_types, str)
         rates = values.pop("compress_rates", None) or {}
+        _check_mapping("compress_rates", rates)
         for name, rate in rates.items():
             if RATIO_OF_LAYER_TYPE.get(name) != rate:
                 _refuse("compress_rates", dict(rates), "must be 4 for CSA and 128 for HCA")
@@ -294,10 +322,12 @@ def _fold_transformers_spelling(values: dict[str, Any]) -> None:
             if name not in RATIO_OF_LAYER_TYPE:
                 _refuse("layer_types", name, f"entries must be one of {sorted(RATIO_OF_LAYER_TYPE)}")
         # transformers drops the MTP blocks; the released models all use window-only attention there.
-        mtp = (0,) * int(values.get("num_nextn_predict_layers", 1))
+        num_mtp = values.get("num_nextn_predict_layers", 1)
+        mtp = (0,) * num_mtp if isinstance(num_mtp, int) else ()
         values["compress_ratios"] = tuple(RATIO_OF_LAYER_TYPE[name] for name in layer_types) + mtp
     mlp_types = values.pop("mlp_layer_types", None)
     if mlp_types is not None:
+        _check_list("mlp_layer_types", mlp_types, str)
         hashed = sum(name == "hash_moe" for name in mlp_types)
         if list(mlp_types) != ["hash_moe"] * hashed + ["moe"] * (len(mlp_types) - hashed):
             _refuse("mlp_layer_types", mlp_types, "must be 'hash_moe' for the first layers and 'moe' for the rest")
@@ -306,6 +336,8 @@ def _fold_transformers_spelling(values: dict[str, Any]) -> None:
     if rope is not None:
         if not isinstance(rope, Mapping) or not {"main", "compress"} <= rope.keys():
             _refuse("rope_parameters", rope, "must hold 'main' and 'compress'")
+        for part in ("main", "compress"):
+            _check_mapping(f"rope_parameters.{part}", rope[part])
         if rope["main"].get("rope_type", "default") != "default":
             _refuse("rope_parameters.main.rope_type", rope["main"]["rope_type"], "must be 'default'")
         values["rope_theta"] = rope["main"].get("rope_theta", values.get("rope_theta", 10000.0))
@@ -313,13 +345,14 @@ def _fold_transformers_spelling(values: dict[str, Any]) -> None:
         _fold_yarn(values, rope["compress"], "rope_parameters.compress")
     partial = values.pop("partial_rotary_factor", None)
     if partial is not None and "qk_rope_head_dim" not in values:
-        values["qk_rope_head_dim"] = round(values["head_dim"] * partial)
+        head_dim = values.get("head_dim")
+        if not isinstance(partial, float | int) or not isinstance(head_dim, int):
+            _refuse("partial_rotary_factor", partial, f"must be the rotary share of head_dim ({head_dim})")
+        values["qk_rope_head_dim"] = round(head_dim * partial)
     quantization = values.get("quantization_config")
-    if isinstance(quantization, Mapping) and "expert_dtype" in quantization and "expert_dtype" not in values:
-        values["expert_dtype"] = quantization["expert_dtype"]
+    if isinstance(quantization, Mapping) and "expert_dtype" in quantization:
+        values.setdefault("expert_dtype", quantization["expert_dtype"])
         values["quantization_config"] = {k: v for k, v in quantization.items() if k != "expert_dtype"}
-    if "dtype" in values and "torch_dtype" not in values:
-        values["torch_dtype"] = values.pop("dtype")
 
 
 def _check_rules(c: ModelConfig) -> None:
@@ -338,6 +371,7 @@ def _check_rules(c: ModelConfig) -> None:
         "compress_rope_theta",
         "routed_scaling_factor",
         "swiglu_limit",
+        "initializer_range",
     ):
         if not getattr(c, name) > 0:
             _refuse(name, getattr(c, name), "must be positive")
@@ -458,7 +492,7 @@ TINY = ModelConfig(
 
 # The demo's model: trains on two CPU cores in minutes.
 NANO = ModelConfig(
-    vocab_size=4096,
+    vocab_size=8192,
     hidden_size=128,
     num_hidden_layers=4,
     compress_ratios=(0, 4, 128, 4, 0),

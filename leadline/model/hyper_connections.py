@@ -47,16 +47,20 @@ class HyperConnection(nn.Module):
         self.base = nn.Parameter(torch.empty(rows))
         self.scale = nn.Parameter(torch.empty(3))
 
+    def logits(self, x_TSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What pre, post [T, S] and comb [T, S, S] are made of, FP32: gate x projection of the streams + base."""
+        s = self.num_streams
+        scale = self.scale.repeat_interleave(torch.tensor([s, s, s * s], device=self.scale.device))
+        logits = _mixes(x_TSD, self.fn, self.rms_norm_eps) * scale + self.base
+        pre_TS, post_TS, comb = logits.split([s, s, s * s], dim=-1)
+        return pre_TS, post_TS, comb.unflatten(-1, (s, s))
+
     def mix_in(self, x_TSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Collapse the streams: (y_TD in the dtype of X, post_TS FP32, comb_TSS FP32)."""
-        s = self.num_streams
-        mixes = _mixes(x_TSD, self.fn, self.rms_norm_eps)
-        scale = self.scale.repeat_interleave(torch.tensor([s, s, s * s], device=self.scale.device))
-        pre_TS, post_TS, comb = (mixes * scale + self.base).split([s, s, s * s], dim=-1)
+        pre_TS, post_TS, comb_TSS = self.logits(x_TSD)
         pre_TS = torch.sigmoid(pre_TS) + self.eps
         post_TS = 2 * torch.sigmoid(post_TS)
-        comb_TSS = sinkhorn(comb.unflatten(-1, (s, s)), self.rounds, self.eps)
-        return _collapse(x_TSD, pre_TS), post_TS, comb_TSS
+        return _collapse(x_TSD, pre_TS), post_TS, sinkhorn(comb_TSS, self.rounds, self.eps)
 
     @staticmethod
     def mix_out(x_TSD: Tensor, out_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Initial values for training from scratch; where the report is silent, the choices of docs/decisions/0002.
 
-- Matrices and the embedding: normal, std = 0.5 / sqrt(columns). At the released width of 7168 this is DeepSeek-V3's 0.006,
-  and it keeps the size of activations the same at other widths.
+- Matrices and the embedding: normal, std = 0.5 / sqrt(columns). At the released width of 7168 this is DeepSeek-V3's
+  0.006, and it keeps the size of activations the same at other widths.
 - The two projections that write to the streams (wo_b, w2): zero, so that every block starts as the identity.
 - Hyper-connections: gates 0.01 (mHC paper), pre 0.5 and post 1 for every stream, comb near the identity.
 - Norm weights 1; sinks, position biases and selection biases 0.
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from leadline.model.attention import Attention
+from leadline.model.compressor import Compressor
 from leadline.model.hyper_connections import HyperConnection, StreamHead
 from leadline.model.linear import Linear, Norm
 from leadline.model.moe import Experts, SharedExpert
 from leadline.model.router import Gate, balanced_hash_table
-from leadline.model.compressor import Compressor
 from leadline.model.transformer import Transformer
 
 GATE_SCALE = 0.01

@@ -49,6 +49,7 @@ class Gate(nn.Module):
         if self.tid2eid is not None:
             experts_TA = self.tid2eid[tokens_T]
         else:
+            assert self.bias is not None
             # Stable: equal scores go to the lower expert, on every device.
             ranked = torch.sort(scores_TE.detach() + self.bias, dim=-1, descending=True, stable=True).indices
             experts_TA = ranked[:, : self.choices]

@@ -5,8 +5,8 @@ usage: leadline train RECIPE [key=value ...] [--show]
 A recipe is a complete run; every field can be replaced: `leadline train nano data=FOLDER minutes=30 out=runs/mine
 model.hidden_size=256`. --show prints the resolved run and its parameters and trains nothing.
 
-Ctrl-C saves; the same command continues. The trained model lies in out/checkpoint in the official layout, the numbers of
-every step in out/metrics.jsonl. Recipes: nano (two CPU cores, minutes).
+Ctrl-C saves; the same command continues. The trained model lies in out/checkpoint in the official layout, the numbers
+of every step in out/metrics.jsonl. Recipes: nano (two CPU cores, minutes).
 """
 
 from __future__ import annotations

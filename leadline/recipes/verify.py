@@ -213,9 +213,7 @@ def checks(model: Transformer, golden: Golden) -> list[Check]:
     if stored is not None:
         for name, size in (("MTP, one piece", length), (f"MTP, chunks of {MTP_CHUNK}", MTP_CHUNK)):
             borders = _borders(length - 1, size)
-            result.append(
-                Check(name, length - 1, lambda advance, name=name, b=borders: mtp(name, b, stored, advance))
-            )
+            result.append(Check(name, length - 1, lambda advance, name=name, b=borders: mtp(name, b, stored, advance)))
     return result
 
 
@@ -225,7 +223,12 @@ def _borders(length: int, size: int) -> list[int]:
 
 @torch.no_grad()
 def _feed(
-    model: Transformer, tokens_T: Tensor, borders: Sequence[int], state: State | None, advance: Advance, mtp: bool = False
+    model: Transformer,
+    tokens_T: Tensor,
+    borders: Sequence[int],
+    state: State | None,
+    advance: Advance,
+    mtp: bool = False,
 ) -> Tensor:
     """Logits of the trunk, or of the MTP block, when the tokens are fed in pieces; the piece count decides nothing."""
     parts = []
@@ -256,12 +259,19 @@ def _streams_of(model: Transformer) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
+def _check_finite(folder: Path, model: Transformer) -> None:
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise VerifyError(f"{folder}: weight {name} holds a value that is not finite: the file is damaged")
+
+
 def verify(folder: Path, progress: Progress) -> list[Row]:
     """Load the folder and make every comparison."""
     config = ModelConfig.from_file(folder)
     golden = read_golden(folder, config)
     loading = progress.add_task("loading", total=None)
     model = load_checkpoint(folder, dtype=torch.float32)
+    _check_finite(folder, model)
     progress.remove_task(loading)
     planned = checks(model, golden)
     task = progress.add_task("", total=sum(check.num_tokens for check in planned))
@@ -287,9 +297,10 @@ def render(folder: Path, rows: Sequence[Row], tolerance: float, console: Console
     console.print(table)
     failed = [row.name for row in rows if not row.within(tolerance)]
     if failed:
-        console.print(f"{folder}: {len(failed)} of {len(rows)} rows exceed {tolerance:g}: {', '.join(failed)}")
+        verdict = f"{folder}: {len(failed)} of {len(rows)} rows exceed {tolerance:g}: {', '.join(failed)}"
     else:
-        console.print(f"{folder}: all {len(rows)} rows are within {tolerance:g}")
+        verdict = f"{folder}: all {len(rows)} rows are within {tolerance:g}"
+    console.print(verdict, soft_wrap=True, markup=False)
 
 
 def as_json(folder: Path, rows: Sequence[Row], tolerance: float) -> str:
@@ -313,21 +324,26 @@ def as_json(folder: Path, rows: Sequence[Row], tolerance: float) -> str:
 
 def parse(arguments: Sequence[str]) -> tuple[Path, Options, bool]:
     """Folder, options and whether JSON is wanted."""
-    folders = [word for word in arguments if "=" not in word and not word.startswith("-")]
-    options = cli.override(Options(), [word for word in arguments if word != "--json" and word not in folders])
+    words = [word for word in arguments if word != "--json"]
+    folders = [word for word in words if "=" not in word]
+    for word in folders:
+        if word.startswith("-"):
+            raise VerifyError(f"unknown option '{word}': the only one is --json")
+    options = cli.override(Options(), [word for word in words if "=" in word])
     if len(folders) != 1:
         raise VerifyError(f"expected one folder, got {' '.join(folders) or 'none'}")
     if not Path(folders[0]).is_dir():
         raise VerifyError(f"{folders[0]}: no such folder")
-    return Path(folders[0]), options, "--json" in arguments
+    return Path(folders[0]), options, len(words) < len(arguments)
 
 
 def main(arguments: list[str]) -> int:
     """Run `leadline verify`; returns the exit code."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
     try:
         folder, options, json_wanted = parse(arguments)
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             rows = verify(folder, progress)
     except (VerifyError, cli.UsageError, ConfigError, CheckpointError) as error:
         print(f"leadline verify: {error}", file=sys.stderr)

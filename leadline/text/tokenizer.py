@@ -19,7 +19,6 @@ parsing view for text that a trusted template wrote (`allow_special=True`).
 """
 
 # V4's control tokens are spelled with full-width bars, which ruff takes for mistyped ASCII.
-# ruff: noqa: RUF001, RUF002
 
 from __future__ import annotations
 

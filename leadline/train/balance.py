@@ -1,7 +1,7 @@
 """Load balance without a loss (report 4.2.2): the selection bias follows the load, outside of the gradient.
 
-After each update the bias of every expert that got more than its share goes down by a constant, and that of every expert
-that got less goes up. The bias enters the choice of experts alone, never their weights.
+After each update the bias of every expert that got more than its share goes down by a constant, and that of every
+expert that got less goes up. The bias enters the choice of experts alone, never their weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ def moe_layers(model: Transformer) -> list[MoE]:
 
 @torch.no_grad()
 def update_selection_bias(model: Transformer, counts_LE: Tensor, speed: float) -> None:
-    """bias_e += speed x sign(mean load - load_e) on every score-routed layer. counts_LE: tokens per layer and expert."""
+    """bias_e += speed x sign(mean load - load_e) on every score-routed layer. counts_LE: tokens per layer and
+    expert."""
     for moe, counts_E in zip(moe_layers(model), counts_LE, strict=True):
         if moe.gate.bias is not None:
             load_E = counts_E.to(moe.gate.bias)

@@ -1,8 +1,9 @@
 """Save and resume, exactly: after a resume every following number is bitwise what it would have been.
 
-A training checkpoint is one file that holds everything the next step depends on: parameters and buffers, both optimisers,
-the place in the data, the random generator, the step, and what was decided at the start. It appears in one move, so a run
-killed while writing keeps the file before. (A checkpoint for other programs is `weights.save.save_checkpoint`.)
+A training checkpoint is one file that holds everything the next step depends on: parameters and buffers, both
+optimisers, the place in the data, the random generator, the step, and what was decided at the start. It appears in one
+move, so a run killed while writing keeps the file before. (A checkpoint for other programs is
+`weights.save.save_checkpoint`.)
 """
 
 from __future__ import annotations

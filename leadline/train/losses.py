@@ -2,8 +2,8 @@
 
     total = next token + mtp_weight x extra token + balance_weight x balance + index_weight x indexer
 
-The indexer's loss reaches only the indexer (its inputs are detached) and the other losses never reach it, so `index_weight`
-is a matter of learning rate alone.
+The indexer's loss reaches only the indexer (its inputs are detached) and the other losses never reach it, so
+`index_weight` is a matter of learning rate alone.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class LossWeights:
 class Losses:
     """total: scalar to differentiate. The rest is for the log, without gradient.
 
-    next_token, extra_token: mean nats per scored token. balance, indexer: means over the layers that have one; an absent
-    kind is 0. nll_sum: summed nats of the next-token loss, for bits per byte. recall: all measured queries of all CSA
-    layers. counts_LE: tokens sent to each expert, one row per block, the MTP block last.
+    next_token, extra_token: mean nats per scored token. balance, indexer: means over the layers that have one; an
+    absent kind is 0. nll_sum: summed nats of the next-token loss, for bits per byte. recall: all measured queries of
+    all CSA layers. counts_LE: tokens sent to each expert, one row per block, the MTP block last.
     """
 
     total: Tensor
@@ -51,7 +51,9 @@ class Losses:
 def second_targets(segment: Segment, targets_T: Tensor) -> Tensor:
     """The token after each target: targets shifted by one inside every sequence, -1 where there is none."""
     shifted_T = torch.cat([targets_T[1:], targets_T.new_full((1,), -1)])
-    last_T = torch.cat([segment.sequence_T[1:] != segment.sequence_T[:-1], torch.ones_like(segment.sequence_T[:1]).bool()])
+    last_T = torch.cat(
+        [segment.sequence_T[1:] != segment.sequence_T[:-1], torch.ones_like(segment.sequence_T[:1]).bool()]
+    )
     return torch.where(last_T | (targets_T < 0), -1, shifted_T)
 
 

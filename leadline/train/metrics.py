@@ -1,7 +1,7 @@
 """Numbers of a run: a file that keeps every one of them, and a line on the screen.
 
-`metrics.jsonl` has one JSON object per line, in order; nothing is averaged away. A resumed run drops the lines after the
-checkpoint it starts from, so the file reads as if the run had never stopped.
+`metrics.jsonl` has one JSON object per line, in order; nothing is averaged away. A resumed run drops the lines after
+the checkpoint it starts from, so the file reads as if the run had never stopped.
 """
 
 from __future__ import annotations
@@ -14,8 +14,17 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 
@@ -87,13 +96,12 @@ class RunDisplay:
     ) -> None:
         self._progress.stop()
 
-    def task(self, name: str, total: int | None) -> int:
+    def task(self, name: str, total: int | None) -> TaskID:
         return self._progress.add_task(name, total=total)
 
-    def update(self, task: int, done: int, total: int | None = None, numbers: str = "") -> None:
+    def update(self, task: TaskID, done: int, total: int | None = None, numbers: str = "") -> None:
         """Move a bar; on a plain stream print the numbers now and then."""
-        fields = {"total": total} if total is not None else {}
-        self._progress.update(task, completed=done, numbers=numbers, **fields)
+        self._progress.update(task, completed=done, total=total, numbers=numbers)
         if not self.console.is_terminal and numbers:
             now = self._progress.get_time()
             last = total is not None and done >= total

@@ -262,7 +262,7 @@ def composite_gain(gain: ResidualGain, name: str) -> str:
         largest = max(gain.constrained.largest, gain.unconstrained.largest)
         if largest > 10:
             axes.set_yscale("log")
-            axes.set_ylim(bottom=0.5)
+            axes.set_ylim(bottom=min(0.5, *gain.unconstrained.forward, *gain.unconstrained.backward))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
         else:

@@ -1,8 +1,8 @@
 """Pretraining, from the top: text -> tokenizer -> shards -> model -> updates -> checkpoint.
 
-`pretrain(run)` does the whole of it and can be stopped anywhere: Ctrl-C finishes the step in progress, saves, and the same
-call continues to bitwise the same result; a crash loses the steps since the last save. Everything the run makes lies in
-its folder:
+`pretrain(run)` does the whole of it and can be stopped anywhere: Ctrl-C finishes the step in progress, saves, and the
+same call continues to bitwise the same result; a crash loses the steps since the last save. Everything the run makes
+lies in its folder:
 
     tokenizer/  shards/  heldout/      made from the text, kept between runs of the same settings
     metrics.jsonl                      one line per step
@@ -70,7 +70,7 @@ class Run:
     minutes: float = 5.0
     tokens_per_step: int = 4096
     tokens_per_segment: int = 2048
-    peak_lr: float = 2e-2
+    peak_lr: float = 1e-2
     final_lr_share: float = 0.1
     warmup_steps: int = 20
     decay_share: float = 0.5
@@ -78,7 +78,7 @@ class Run:
     weights: LossWeights = field(default_factory=LossWeights)
     bias_speed: float = 1e-3
     clip_norm: float = 1.0
-    heldout_percent: float = 2.0
+    heldout_percent: float = 4.0
     heldout_tokens: int = 16384
     evaluate_every: int = 50
     save_every_seconds: float = 60.0
@@ -314,9 +314,7 @@ def schedule(run: Run, clock: Clock) -> StepSettings:
     return StepSettings(lr, dataclasses.replace(run.weights, mtp=mtp), Training(dense=dense, recall_queries=32))
 
 
-def step_row(
-    result: StepResult, settings: StepSettings, clock: Clock, tokens: int, seconds: float
-) -> dict[str, Any]:
+def step_row(result: StepResult, settings: StepSettings, clock: Clock, tokens: int, seconds: float) -> dict[str, Any]:
     """One line of the metrics file."""
     load_LE = result.counts_LE.double() / result.counts_LE.double().mean(-1, keepdim=True)
     return {
@@ -372,7 +370,9 @@ def export(
     temporary = run.out / ".summary.json.tmp"
     temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf8")
     os.replace(temporary, run.out / "summary.json")
-    display.say(f"trained: {clock.step} steps, {clock.tokens:,} tokens, {summary['heldout_bpb']:.3f} bits per byte held out")
+    display.say(
+        f"trained: {clock.step} steps, {clock.tokens:,} tokens, {summary['heldout_bpb']:.3f} bits per byte held out"
+    )
 
 
 @dataclass

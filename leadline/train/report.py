@@ -121,7 +121,7 @@ def _headline(config: ModelConfig, summary: Mapping[str, Any], rows: Sequence[Ro
             ),
             tile("Training loss", _end(column(rows, "loss")[1]), "{:.3f}".format, "nats per token, at the end"),
             tile("Tokens seen", summary["tokens"], _count, f"in {summary['steps']:,} steps"),
-            tile("Time", summary["seconds"], _duration, f"{summary.get('threads', '?')} CPU threads"),
+            tile("Time", summary["seconds"], _duration, f"CPU threads: {summary.get('threads', 'not recorded')}"),
             tile("Parameters", summary["parameters"], _count, "MTP block included"),
             tile("Speed", speed, "{:,.0f}".format, "tokens per second, median"),
             tile("Indexer recall", _end(recall), "{:.3f}".format, "of the attention, at the end"),

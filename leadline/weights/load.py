@@ -129,11 +129,11 @@ def _expected_tensors(reader: CheckpointReader, shapes: Mapping[str, tuple[int, 
 def _check_names(reader: CheckpointReader, expected: Mapping[str, FileTensor], ignore_mtp: bool) -> None:
     missing = [name for name in expected if name not in reader.tensors]
     if missing:
-        hint = "; build the model without its MTP block to do without them" if all(map(is_mtp, missing)) else ""
+        hint = "; to do without, build the model with_mtp=False" if all(map(is_mtp, missing)) else ""
         raise CheckpointError(f"{reader.folder}: lacks {_some(missing)}{hint}")
     surplus = [name for name in reader.tensors if name not in expected and not (ignore_mtp and is_mtp(name))]
     if surplus:
-        hint = "; the model has no MTP block: leave them unread with ignore_mtp" if all(map(is_mtp, surplus)) else ""
+        hint = "; to leave them unread, pass ignore_mtp=True" if all(map(is_mtp, surplus)) else ""
         raise CheckpointError(f"{reader.folder}: holds {_some(surplus)}, which the model does not have{hint}")
 
 
@@ -148,8 +148,9 @@ def _choose_dtypes(
     for name, wanted in expected.items():
         info = reader.tensors[name]
         for part in wanted.parts:
-            target = chosen.setdefault(part.ours, _dtype_of(part.ours, tensors[part.ours], info, dtype))
-            castable = info.dtype in CASTABLE and target in CASTABLE
+            target = chosen.setdefault(part.ours, _dtype_of(part.ours, tensors, info, dtype))
+            # What takes the file's dtype takes one dtype: experts that differ would be rounded by chance.
+            castable = info.dtype in CASTABLE and target in CASTABLE and not _as_found(part.ours, tensors, dtype)
             if info.shape != wanted.shape or not (info.dtype == target or castable):
                 raise CheckpointError(
                     f"{reader.file_of(name)}: tensor {name} is {info}, "
@@ -158,14 +159,19 @@ def _choose_dtypes(
     return chosen
 
 
-def _dtype_of(ours: str, tensor: Tensor, info: TensorInfo, dtype: torch.dtype | None) -> torch.dtype:
-    if not tensor.is_floating_point():
-        return tensor.dtype
-    if dtype is None and not tensor.is_meta:
-        return tensor.dtype
-    if keeps_float32(ours):
-        return torch.float32
-    return info.dtype if dtype is None else dtype
+def _dtype_of(ours: str, tensors: Mapping[str, Tensor], info: TensorInfo, dtype: torch.dtype | None) -> torch.dtype:
+    own = tensors[ours]
+    if _as_found(ours, tensors, dtype):
+        return info.dtype
+    if not own.is_floating_point() or (dtype is None and not own.is_meta):
+        return own.dtype
+    return torch.float32 if dtype is None or keeps_float32(ours) else dtype
+
+
+def _as_found(ours: str, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> bool:
+    """Whether the file decides the dtype of this tensor."""
+    own = tensors[ours]
+    return dtype is None and own.is_meta and own.is_floating_point() and not keeps_float32(ours)
 
 
 @torch.no_grad()
@@ -175,7 +181,7 @@ def _copy(reader: CheckpointReader, wanted: FileTensor, places: Mapping[str, _Pl
     pieces = found.split([target.shape[1] for target in targets], dim=1) if len(targets) > 1 else [found]
     for target, piece in zip(targets, pieces, strict=True):
         target.copy_(piece)
-        if target.dtype == torch.float16 and piece.dtype != torch.float16 and not torch.isfinite(target).all():
+        if target.dtype == torch.float16 and bool((target.cpu().isinf() & piece.isfinite()).any()):
             raise CheckpointError(
                 f"{reader.file_of(wanted.name)}: tensor {wanted.name} has values that float16 cannot hold, "
                 f"load it as bfloat16 or float32"

@@ -45,7 +45,9 @@ def test_a_stop_id_ends_the_text(model):
     prompt = [3, 1, 4]
     whole = list(generate(model, prompt, max_tokens=20, sampling=Sampling(temperature=0)))
     stop = whole[4]
-    shortened = list(generate(model, prompt, max_tokens=20, sampling=Sampling(temperature=0), stop_ids=frozenset({stop})))
+    shortened = list(
+        generate(model, prompt, max_tokens=20, sampling=Sampling(temperature=0), stop_ids=frozenset({stop}))
+    )
     assert shortened == whole[: whole.index(stop) + 1]
 
 
@@ -59,9 +61,7 @@ def test_a_seed_repeats_and_another_differs(model):
 
 def test_top_p_keeps_the_smallest_sufficient_set():
     logits_V = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    drawn = {
-        sample(logits_V, Sampling(top_p=0.79), torch.Generator().manual_seed(seed)) for seed in range(200)
-    }
+    drawn = {sample(logits_V, Sampling(top_p=0.79), torch.Generator().manual_seed(seed)) for seed in range(200)}
     assert drawn == {0, 1}
     drawn = {sample(logits_V, Sampling(top_p=0.81), torch.Generator().manual_seed(seed)) for seed in range(400)}
     assert drawn == {0, 1, 2}

@@ -237,3 +237,19 @@ def test_closure_is_called_with_gradients_on() -> None:
 def test_what_muon_cannot_take_is_named(tensor: Tensor, rows: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Muon([{"params": [("w", nn.Parameter(tensor))], "rows": rows}], LR)
+
+
+@pytest.mark.parametrize("rows", [16, None])
+def test_a_loud_head_drowns_the_others_only_when_not_cut(rows: int | None) -> None:
+    """Why wq_b is cut by head: in one matrix, the update's size depends on how large the other heads' gradients are."""
+    (weight,) = parameters((8 * 16, 64))
+    before = weight.detach().clone()
+    set_gradients([weight], seed=8)
+    assert weight.grad is not None
+    weight.grad[:16] *= 100
+    Muon([{"params": [weight], "rows": rows}], LR, weight_decay=0.0).step()
+    rms = ((before - weight.detach()) / LR).unflatten(0, (8, 16)).square().mean((1, 2)).sqrt()
+    if rows is None:
+        assert rms[0] > 1.3 * rms[1:].max()
+    else:
+        assert torch.allclose(rms, torch.full((8,), 0.18), rtol=5e-3)

@@ -1,7 +1,6 @@
 """The tokenizer: official ids, exact round trips, control tokens that text cannot forge, files that survive abuse."""
 
 # V4's control tokens are spelled with full-width bars, which ruff takes for mistyped ASCII.
-# ruff: noqa: RUF001
 
 from __future__ import annotations
 

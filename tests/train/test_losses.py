@@ -51,7 +51,9 @@ def test_next_token_loss_is_the_mean_over_scored_tokens(model, batch):
     targets_T[3] = -1
     losses = compute_losses(model, segment, targets_T, LossWeights(), Training())
     logits = model.logits(model.hidden(model(segment).streams_TSD))
-    assert losses.next_token.item() == pytest.approx(F.cross_entropy(logits, targets_T, ignore_index=-1).item(), rel=1e-5)
+    assert losses.next_token.item() == pytest.approx(
+        F.cross_entropy(logits, targets_T, ignore_index=-1).item(), rel=1e-5
+    )
     assert losses.scored_tokens == sum(LENGTHS) - 1
     assert losses.nll_sum.item() == pytest.approx(losses.next_token.item() * losses.scored_tokens, rel=1e-5)
 

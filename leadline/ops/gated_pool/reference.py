@@ -22,7 +22,8 @@ def _gather(source_YE: Tensor, rows_CG: Tensor, width: int, empty: float) -> Ten
         source_YE[:, columns][rows_CG[:, slots].clamp_min(0)]
         for slots, columns in _halves(rows_CG.shape[1], source_YE.shape[1], width)
     ]
-    # Row 0 stood in for the empty slots. It may belong to another sequence and hold NaN, which a gate of 0 does not stop.
+    # Row 0 stood in for the empty slots. It may belong to another sequence and hold NaN, which a gate of 0 does not
+    # stop.
     return torch.cat(parts, dim=1).masked_fill_((rows_CG < 0)[..., None], empty)
 
 

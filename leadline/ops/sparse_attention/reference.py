@@ -69,8 +69,8 @@ class SparseAttention(torch.autograd.Function):
                 torch.matmul(wide(w.to(q_THK.dtype)), wide(part.vectors))
                 for w, part in zip(weights, parts, strict=True)
             )
-            # A sink far above all scores makes the denominator infinite: the output is rightly 0, but its log must not be
-            # taken from there.
+            # A sink far above all scores makes the denominator infinite: the output is rightly 0, but its log must not
+            # be taken from there.
             o_THK[tile.rows] = o_bHK / (sum_bH + torch.exp(sink_H - largest_bH))[..., None]
             lse_TH[tile.rows] = torch.logaddexp(largest_bH + sum_bH.log(), sink_H)
         ctx.save_for_backward(q_THK, keys_XK, entries_CK, sink_H, picked_TM, o_THK, lse_TH)
