@@ -39,7 +39,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import torch
 from rich.console import Console
@@ -554,10 +554,13 @@ def result_table(records: list[dict[str, Any]]) -> Table:
     return table
 
 
+def _console(stream: TextIO) -> Console:
+    return Console(file=stream, width=None if stream.isatty() else 140)
+
+
 def benchmark(quick: bool, threads: int, out: Path) -> int:
     """Gate, measurements, result file, table, targets; returns the exit code."""
-    progress_console = Console(stderr=True)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    progress_console, console = _console(sys.stderr), _console(sys.stdout)
     difference = run_child(["--gate", "--threads", str(threads)])
     if not difference <= GATE_TOLERANCE:
         raise BenchmarkError(

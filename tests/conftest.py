@@ -1,4 +1,4 @@
-"""Rules for every test: one thread, a seed that is the test's own, property tests that draw the same examples each run."""
+"""Rules for every test: one thread, a seed of its own, and property tests that draw the same examples in each run."""
 
 from __future__ import annotations
 
@@ -32,10 +32,12 @@ def _seed(request: pytest.FixtureRequest) -> None:
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Memory that torch hands out uninitialised holds NaN (or the largest integer), so that an element nobody wrote
-    fails the test at once instead of passing as the zero that happened to be there."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    fails the test at once instead of passing as the zero that happened to be there.
+
+    torch does so itself while deterministic algorithms are asked for.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(1).isnan().all()
     yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+    torch.use_deterministic_algorithms(before)

@@ -30,7 +30,7 @@ def fake_quantize(x: Tensor, block: int = 32) -> Tensor:
     """Round the last axis (a multiple of `block`) to E2M1 with power-of-two scales; same shape and dtype back."""
     if x.shape[-1] % block:
         raise ValueError(f"the last axis ({x.shape[-1]}) must be a multiple of the block ({block})")
-    blocks = x.float().reshape(*x.shape[:-1], -1, block)
+    blocks = x.float().reshape(*x.shape[:-1], x.shape[-1] // block, block)
     scale = block_scale(blocks.abs().amax(-1, keepdim=True), LARGEST, AMAX_FLOOR)
     rounded = round_to_e2m1((blocks / scale).clamp(-LARGEST, LARGEST)) * scale
     return rounded.flatten(-2).to(x.dtype)

@@ -23,7 +23,7 @@ def fake_quantize(x: Tensor, block: int) -> Tensor:
     width = x.shape[-1]
     pad = -width % block
     padded = torch.nn.functional.pad(x.float(), (0, pad))
-    blocks = padded.reshape(*padded.shape[:-1], -1, block)
+    blocks = padded.reshape(*padded.shape[:-1], padded.shape[-1] // block, block)
     scale = block_scale(blocks.abs().amax(-1, keepdim=True), LARGEST, AMAX_FLOOR)
     rounded = (blocks / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).float() * scale
     return rounded.flatten(-2)[..., :width].to(x.dtype)

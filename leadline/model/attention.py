@@ -79,6 +79,7 @@ class Attention(nn.Module):
         if self.indexer is not None:
             operands = self.indexer.operands(x_TD, q_latent_TQ, index, state.index if state else None, cache_format)
             picked_TM = self.indexer.pick(operands, index)
+            operands = operands if training else None
 
         attended_TM = None if training and training.dense else picked_TM
         o_THK, lse_TH = sparse_attention(
@@ -87,7 +88,9 @@ class Attention(nn.Module):
         signals = None
         if training and operands is not None and entries_CK is not None and picked_TM is not None:
             signals = self._signals(operands, q_THK, entries_CK, lse_TH, picked_TM, index, training)
-        return self._project(rope(o_THK, *rotation, inverse=True)), signals
+        del q_THK, operands  # outside of training nobody needs them now, and they are as large as the output
+        o_THK = rope(o_THK, *rotation, inverse=True)
+        return self._project(o_THK), signals
 
     def _project(self, o_THK: Tensor) -> Tensor:
         """Grouped output (report 2.3.3): each group of heads has its own map to L, then all groups together to D."""

@@ -27,7 +27,8 @@ from leadline.ops.sinkhorn import sinkhorn
 def _mixes(x_TSD: Tensor, fn: Tensor, rms_norm_eps: float) -> Tensor:
     """(flatten(X) / rms(flatten(X))) fn^T, FP32 [T, rows of fn]. Dividing after the product is the same and cheaper."""
     flat = wide(x_TSD.flatten(1))
-    return nn.functional.linear(flat, wide(fn)) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + rms_norm_eps)
+    mean_square = torch.linalg.vector_norm(flat, dim=-1, keepdim=True).square() / flat.shape[-1]
+    return nn.functional.linear(flat, wide(fn)) * torch.rsqrt(mean_square + rms_norm_eps)
 
 
 def _collapse(x_TSD: Tensor, pre_TS: Tensor) -> Tensor:
@@ -65,8 +66,8 @@ class HyperConnection(nn.Module):
     @staticmethod
     def mix_out(x_TSD: Tensor, out_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor) -> Tensor:
         """X'_k = post_k F(y) + sum_j comb_jk X_j, FP32 inside, dtype of X."""
-        written_TSD = post_TS[..., None] * wide(out_TD)[:, None]
-        return torch.baddbmm(written_TSD, comb_TSS.mT, wide(x_TSD)).to(x_TSD.dtype)
+        mixed_TSD = torch.bmm(comb_TSS.mT, wide(x_TSD))
+        return mixed_TSD.addcmul_(post_TS[..., None], wide(out_TD)[:, None]).to(x_TSD.dtype)
 
 
 class StreamHead(nn.Module):

@@ -23,6 +23,9 @@ from leadline.ops.swiglu import swiglu
 from leadline.ops.token_permutation import combine, dispatch, expert_order
 
 
+TOKENS_PER_RUN = 2048
+
+
 class Experts(nn.Module):
     """The routed experts' matrices, stacked: w1 (gate), w3 (up) [E, F, D], w2 (down) [E, D, F]."""
 
@@ -85,10 +88,17 @@ class MoE(nn.Module):
         self.shared_experts = SharedExpert(config)
 
     def forward(self, x_TD: Tensor, segment: Segment, training: bool = False) -> tuple[Tensor, ExpertSignals | None]:
-        route = self.gate(x_TD, segment.tokens_T)
-        routed_TD, counts_E = self.experts(x_TD, route)
-        out_TD = (routed_TD + wide(self.shared_experts(x_TD))).to(x_TD.dtype)
         if not training:
-            return out_TD, None
-        loss = routed_TD.new_zeros(()) if self.hashed else balance_loss(route, segment)
+            # Tokens are independent here: a long prompt goes through in runs, so that the hidden vectors stay few.
+            step = len(x_TD) if torch.is_grad_enabled() else TOKENS_PER_RUN
+            runs = zip(x_TD.split(step), segment.tokens_T.split(step), strict=True)
+            return torch.cat([self._mix(x, self.gate(x, tokens))[0] for x, tokens in runs]), None
+        route = self.gate(x_TD, segment.tokens_T)
+        out_TD, counts_E = self._mix(x_TD, route)
+        loss = route.scores_TE.new_zeros(()) if self.hashed else balance_loss(route, segment)
         return out_TD, ExpertSignals(loss, counts_E)
+
+    def _mix(self, x_TD: Tensor, route: Route) -> tuple[Tensor, Tensor]:
+        """(shared + routed experts in the dtype of x, tokens per expert)."""
+        routed_TD, counts_E = self.experts(x_TD, route)
+        return routed_TD.add_(wide(self.shared_experts(x_TD))).to(x_TD.dtype), counts_E

@@ -51,8 +51,8 @@ class Segment:
             raise ValueError(f"lengths, past and slots differ in number: {self.lengths}, {self.past}, {self.slots}")
         if any(length < 1 for length in self.lengths) or sum(self.lengths) != len(self.tokens_T):
             raise ValueError(f"lengths {self.lengths} must be positive and sum to {len(self.tokens_T)} tokens")
-        if any(past < 0 for past in self.past):
-            raise ValueError(f"past {self.past} must not be negative")
+        if any(number < 0 for number in (*self.past, *self.slots)):
+            raise ValueError(f"past {self.past} and slots {self.slots} must not be negative")
         if len(set(self.slots)) != len(self.slots):
             raise ValueError(f"slots {self.slots} must differ: two sequences cannot share one memory")
 

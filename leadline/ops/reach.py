@@ -98,7 +98,7 @@ def key_columns(keys_XK: Tensor, reach: Reach, tile: Tile) -> Columns:
 
 # A shared tile takes all visible entries and masks the unpicked ones while they are at most this many times the picks:
 # one large matrix product beats a gather until then.
-MASK_RATHER_THAN_GATHER = 8
+MASK_RATHER_THAN_GATHER = 4
 
 
 def entry_columns(entries_CK: Tensor, reach: Reach, tile: Tile, picked_TM: Tensor | None) -> Columns:
@@ -124,7 +124,7 @@ def entry_columns(entries_CK: Tensor, reach: Reach, tile: Tile, picked_TM: Tenso
     seen = number < visible if picked_TM is None else number >= 0
     rows = first + number.expand(len(first), -1).clamp_min(0)
     rows = torch.where(seen, rows, first).clamp_max(len(entries_CK) - 1)
-    vectors = entries_CK[rows]
+    vectors = entries_CK.index_select(0, rows.flatten()).unflatten(0, rows.shape)
     # Without an entry of its own, a query was given another sequence's, and a NaN there survives a weight of 0.
     vectors[visible.flatten() == 0] = 0.0
     return Columns(vectors, seen, rows)

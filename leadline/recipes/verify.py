@@ -21,6 +21,7 @@ be used.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -232,7 +233,7 @@ def _feed(
 ) -> Tensor:
     """Logits of the trunk, or of the MTP block, when the tokens are fed in pieces; the piece count decides nothing."""
     parts = []
-    for start, stop in zip(borders, borders[1:], strict=False):
+    for start, stop in itertools.pairwise(borders):
         output = model(Segment.of(tokens_T[start:stop], past=[start]), state)
         if mtp:
             hidden_TD, _ = model.predict_second(output, tokens_T[start + 1 : stop + 1], state)

@@ -67,7 +67,7 @@ def measure_gain(model: Transformer, segment: Segment) -> ResidualGain:
     The constant of the unconstrained counterpart belongs to the start of `model/init.py`, so that the comparison holds
     for models that were trained from there.
     """
-    with _stream_mixing_logits(model) as logits:
+    with _mixing_logits(model) as logits:
         model(segment)
     return _gain(logits, model.config.hc_sinkhorn_iters, model.config.hc_eps, COMB_DIAGONAL)
 
@@ -91,33 +91,25 @@ def gain_under_drift(
     return _gain(logits, rounds, eps, diagonal)
 
 
-def mixing_logits(connection: HyperConnection, x_TSD: Tensor) -> Tensor:
-    """A_TSS, the logits of comb for streams X: flatten(X) / rms(flatten(X)) fn^T x scale + base, FP32."""
-    s = connection.num_streams
-    flat = x_TSD.float().flatten(1)
-    normed = flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + connection.rms_norm_eps)
-    logits = normed @ connection.fn[2 * s :].float().T * connection.scale[2] + connection.base[2 * s :]
-    return logits.unflatten(-1, (s, s))
-
-
 @contextmanager
-def _stream_mixing_logits(model: Transformer) -> Iterator[list[Tensor]]:
-    """Collect the logits of every trunk sublayer, in the order in which a forward pass meets them.
+def _mixing_logits(model: Transformer) -> Iterator[list[Tensor]]:
+    """Collect the logits of comb of every trunk sublayer, in the order in which a forward pass makes them.
 
-    `mix_in` is where a sublayer sees its streams. It is no module of its own that a hook could watch, so it is replaced
-    on the instances and put back.
+    `HyperConnection.logits` is no module of its own that a hook could watch, so it is replaced on the instances and put
+    back.
     """
-    logits: list[Tensor] = []
+    collected: list[Tensor] = []
     watched: list[HyperConnection] = []
 
     def watch(connection: HyperConnection) -> None:
-        mix_in = connection.mix_in
+        original = connection.logits
 
-        def recording(x_TSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            logits.append(mixing_logits(connection, x_TSD))
-            return mix_in(x_TSD)
+        def collecting(x_TSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            logits = original(x_TSD)
+            collected.append(logits[2])
+            return logits
 
-        connection.mix_in = recording
+        connection.logits = collecting
         watched.append(connection)
 
     try:
@@ -125,10 +117,10 @@ def _stream_mixing_logits(model: Transformer) -> Iterator[list[Tensor]]:
             assert isinstance(block, Block)
             watch(block.hc_attn)
             watch(block.hc_ffn)
-        yield logits
+        yield collected
     finally:
         for connection in watched:
-            del connection.mix_in
+            del connection.logits
 
 
 def _gain(logits: list[Tensor], rounds: int, eps: float, diagonal: float) -> ResidualGain:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -56,7 +57,7 @@ def test_ties_go_to_the_even_code() -> None:
     assert torch.equal(fp4.round_to_e2m1(-ties), -expected)
     for direction, side in ((math.inf, 1), (-math.inf, 0)):
         beside = torch.nextafter(ties, torch.tensor(direction))
-        neighbours = torch.tensor(list(zip(MAGNITUDES[:-1], MAGNITUDES[1:], strict=True)))
+        neighbours = torch.tensor(list(itertools.pairwise(MAGNITUDES)))
         assert torch.equal(fp4.round_to_e2m1(beside), neighbours[:, side])
 
 
@@ -98,6 +99,12 @@ def test_zero_blocks_and_neighbours() -> None:
 def test_a_width_that_is_no_multiple_of_the_block_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"33.*32"):
         fp4.fake_quantize(torch.zeros(2, 33))
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 32), (3, 0)])
+def test_nothing_in_nothing_out(shape: tuple[int, ...]) -> None:
+    """A chunk may finish no entry."""
+    assert fp4.fake_quantize(torch.zeros(shape)).shape == shape
 
 
 def test_shape_dtype_and_input_stay() -> None:

@@ -94,6 +94,12 @@ def test_zero_blocks_and_neighbours() -> None:
     assert torch.equal(fp8.fake_quantize(x, 64)[:, :64], alone)
 
 
+@pytest.mark.parametrize("shape", [(0, 70), (2, 0, 64), (3, 0)])
+def test_nothing_in_nothing_out(shape: tuple[int, ...]) -> None:
+    """A chunk may finish no entry."""
+    assert fp8.fake_quantize(torch.zeros(shape), 64).shape == shape
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shape_dtype_and_input_stay(dtype: torch.dtype) -> None:
     x = torch.randn(2, 3, 70).to(dtype)

@@ -36,6 +36,11 @@ def test_other_widths_are_an_error(width: int) -> None:
         hadamard.rotate(torch.zeros(width))
 
 
+def test_nothing_in_nothing_out() -> None:
+    """A chunk may finish no entry."""
+    assert hadamard.rotate(torch.zeros(2, 0, 8)).shape == (2, 0, 8)
+
+
 def test_shape_dtype_and_input_stay() -> None:
     x = torch.randn(2, 3, 16).bfloat16()
     kept = x.clone()

@@ -78,7 +78,9 @@ def watching_choices(model: Transformer, gaps: list[tuple[int, float]]) -> Itera
     def watched_pick(q: Tensor, weight: Tensor, keys: Tensor, reach: Any, k: int) -> Tensor:
         products = torch.relu(torch.einsum("tji,ci->tjc", q, keys))
         scores = torch.einsum("tj,tjc->tc", weight, products)
-        for row, (first, visible) in enumerate(zip(reach.first_entry_T.tolist(), reach.visible_T.tolist(), strict=True)):
+        for row, (first, visible) in enumerate(
+            zip(reach.first_entry_T.tolist(), reach.visible_T.tolist(), strict=True)
+        ):
             gaps.append((row, _gap(scores[row, first : first + visible].sort(descending=True).values, k)))
         return pick(q, weight, keys, reach, k)
 

@@ -1,7 +1,7 @@
 """One path: however sequences are cut, mixed and resumed, their numbers are those of a single run.
 
-The prompts and weights are fixed, and no choice of an indexer or router in them is close (see `closest_choices`): what is
-drawn at random is how the prompts are cut and mixed, so the comparisons can be tight.
+The prompts and weights are fixed, and no choice of an indexer or router in them is close (see `closest_choices`): what
+is drawn at random is how the prompts are cut and mixed, so the comparisons can be tight.
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ def run_mtp(
 
 
 @pytest.fixture(scope="module")
-def prompts(
-    random_model: Callable[[ModelConfig, int], Transformer], closest_choices: Callable[..., Tensor]
-) -> Prompts:
+def prompts(random_model: Callable[[ModelConfig, int], Transformer], closest_choices: Callable[..., Tensor]) -> Prompts:
     model = random_model(TINY, 0)
     generator = torch.Generator().manual_seed(10)
     tokens = [torch.randint(0, TINY.vocab_size, (length,), generator=generator) for length in LENGTHS]
@@ -180,7 +178,7 @@ def fill_with(state: State, garbage: float) -> None:
 @settings(max_examples=40)
 @given(st.data())
 def test_a_used_slot_is_as_good_as_a_fresh_one(prompts: Prompts, data: st.DataObject) -> None:
-    """Restarting a slot with past = 0 needs no clearing: rings and tails of the former owner are never read. Bitwise."""
+    """Restarting a slot with past = 0 needs no clearing: what the former owner left is never read. Bitwise."""
     number = data.draw(st.sampled_from(range(len(LENGTHS))))
     borders = cuts(data, LENGTHS[number], most=5)
     expected = runs_of(prompts, number, borders, 1, prompts.state(3))

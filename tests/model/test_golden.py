@@ -96,7 +96,9 @@ def test_mtp(golden: Golden, size: int) -> None:
 @torch.no_grad()
 def test_streams_after_every_layer(golden: Golden) -> None:
     found: list[Tensor] = []
-    hooks = [block.register_forward_hook(lambda _b, _i, output: found.append(output[0])) for block in golden.model.layers]
+    hooks = [
+        block.register_forward_hook(lambda _b, _i, output: found.append(output[0])) for block in golden.model.layers
+    ]
     golden.model(Segment.of(golden.tokens[:PROMPT]))
     for hook in hooks:
         hook.remove()

@@ -1,14 +1,13 @@
 """The same logits as transformers, on random configurations, at every prompt length from 1 to 300, and in decoding.
 
-Neither implementation copied from the other. The two sum in different orders, so a few choices that are too close to call
-in FP32 (see `closest_choices`) go different ways; from there on the logits rightly differ. A difference is forgiven only
-behind such a choice, and only rarely.
+The two sum in different orders, so a choice that is too close to call in FP32 (see `closest_choices`) may go different
+ways; from there on the logits rightly differ. A difference is forgiven only behind such a choice, and only rarely.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -78,14 +77,11 @@ def their_model(ours: Transformer) -> DeepseekV4ForCausalLM:
     theirs = DeepseekV4ForCausalLM(config).eval()
     tensors = ours.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    theirs.load_state_dict(
-        {
-            name: torch.cat([tensors[part.ours] for part in wanted.parts], dim=1)
-            if len(wanted.parts) > 1
-            else tensors[wanted.parts[0].ours]
-            for name, wanted in file_tensors(shapes, "transformers").items()
-        }
-    )
+    stored = {}
+    for name, wanted in file_tensors(shapes, "transformers").items():
+        parts = [tensors[part.ours] for part in wanted.parts]
+        stored[name] = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    theirs.load_state_dict(stored)
     return theirs
 
 
@@ -101,13 +97,13 @@ class Pair:
 
 
 @pytest.fixture(scope="module", params=range(NUM_CONFIGS))
-def pair(request: pytest.FixtureRequest, random_model: Callable[[ModelConfig, int], Transformer]) -> Iterator[Pair]:
+def pair(request: pytest.FixtureRequest, random_model: Callable[[ModelConfig, int], Transformer]) -> Pair:
     seed: int = request.param
     ours = random_model(random_config(seed), seed)
     generator = torch.Generator().manual_seed(seed)
-    lengths = LENGTHS[seed :: NUM_CONFIGS]
+    lengths = LENGTHS[seed::NUM_CONFIGS]
     tokens = [torch.randint(0, ours.config.vocab_size, (n + DECODED,), generator=generator) for n in lengths]
-    yield Pair(seed, ours, their_model(ours), [t[:-DECODED] for t in tokens], [t[-DECODED:] for t in tokens])
+    return Pair(seed, ours, their_model(ours), [t[:-DECODED] for t in tokens], [t[-DECODED:] for t in tokens])
 
 
 def differs_after_a_close_choice(ours: Tensor, theirs: Tensor, closest: Callable[[], Tensor]) -> bool:
@@ -116,9 +112,8 @@ def differs_after_a_close_choice(ours: Tensor, theirs: Tensor, closest: Callable
     if not len(off):
         return False
     first = int(off[0])
-    assert closest()[: first + 1].min() < TOO_CLOSE, (
-        f"token {first} of {len(ours)} differs by {(ours - theirs)[first].abs().max():.1e}, and no close choice before it"
-    )
+    difference = float((ours - theirs)[first].abs().max())
+    assert closest()[: first + 1].min() < TOO_CLOSE, f"token {first} differs by {difference:.1e} for no close choice"
     return True
 
 
@@ -145,7 +140,9 @@ def test_decode(pair: Pair, logits_of: Callable[..., Tensor], closest_choices: C
     steps = []
     for step in range(DECODED):
         past = [len(prompt) + step for prompt in prompts]
-        steps.append(logits_of(pair.ours, Segment.of(*(tokens[step : step + 1] for tokens in following), past=past), state))
+        steps.append(
+            logits_of(pair.ours, Segment.of(*(tokens[step : step + 1] for tokens in following), past=past), state)
+        )
     excused = 0
     for number, (prompt, tokens) in enumerate(zip(prompts, following, strict=True)):
         cache = DynamicCache(config=pair.theirs.config)
@@ -164,7 +161,7 @@ def test_decode(pair: Pair, logits_of: Callable[..., Tensor], closest_choices: C
 
 
 def test_all_lengths_and_every_kind_of_layer_occur() -> None:
-    lengths = [length for seed in range(NUM_CONFIGS) for length in LENGTHS[seed :: NUM_CONFIGS]]
+    lengths = [length for seed in range(NUM_CONFIGS) for length in LENGTHS[seed::NUM_CONFIGS]]
     assert sorted(lengths) == list(range(1, 301))
     kinds = {
         (ratio, config.is_hash_layer(layer))

@@ -78,8 +78,8 @@ class LookingBack:
 def look_back(
     lengths: Sequence[int], past: Sequence[int], window: int, ratio: int, picks: int, gap: int = 0, seed: int = 0
 ) -> LookingBack:
-    """Sequences of `lengths` new tokens after `past` old ones. Each sequence's entries stand in one run, with `gap` rows
-    that nobody sees before and behind it."""
+    """Sequences of `lengths` new tokens after `past` old ones. Each sequence's entries stand in one run, with `gap`
+    rows that nobody sees before and behind it."""
     generator = torch.Generator().manual_seed(seed)
     first_key, last_key, first_entry, visible = [], [], [], []
     keys = entries = 0
@@ -93,7 +93,9 @@ def look_back(
             visible.append((position + 1) // ratio)
         keys += before + length - oldest
         entries += (before + length) // ratio + gap
-    columns = [torch.tensor(values, dtype=torch.int64)[:, None] for values in (first_key, last_key, first_entry, visible)]
+    columns = [
+        torch.tensor(values, dtype=torch.int64)[:, None] for values in (first_key, last_key, first_entry, visible)
+    ]
     first_key_T1, last_key_T1, first_entry_T1, visible_T1 = columns
     key, entry = torch.arange(keys), torch.arange(entries)
     sees_entry = (entry >= first_entry_T1) & (entry < first_entry_T1 + visible_T1)

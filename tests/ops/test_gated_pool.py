@@ -69,11 +69,13 @@ def test_value_and_gradients(case: tuple[int, int, Tensor, int]) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "halves"), [(overlapping(9), 2), (disjoint(9, 3), 1)], ids=["overlapping", "disjoint"])
+@pytest.mark.parametrize(
+    ("rows", "halves"), [(overlapping(9), 2), (disjoint(9, 3), 1)], ids=["overlapping", "disjoint"]
+)
 def test_gradcheck(rows: Tensor, halves: int) -> None:
     values, scores = torch.randn(2, 9, halves * 2, dtype=torch.float64)
-    inputs = (values.requires_grad_(), scores.requires_grad_(), rows, 2)
-    assert torch.autograd.gradcheck(gated_pool, inputs)
+    inputs = (values.requires_grad_(), scores.requires_grad_())
+    assert torch.autograd.gradcheck(lambda values, scores: gated_pool(values, scores, rows, 2), inputs)
 
 
 def test_any_layout_in(scattered: Callable[[Tensor], Tensor]) -> None:
@@ -95,8 +97,8 @@ def test_an_empty_slot_reads_nothing(garbage: float) -> None:
     expected = gated_pool(values, scores, rows, 2)
     values[:4] = scores[:4] = garbage
     assert torch.equal(gated_pool(values, scores, rows, 2), expected)
-    values.requires_grad_(), scores.requires_grad_()
-    grads = torch.autograd.grad(gated_pool(values, scores, rows, 2).sum(), [values, scores])
+    inputs = [values.requires_grad_(), scores.requires_grad_()]
+    grads = torch.autograd.grad(gated_pool(values, scores, rows, 2).sum(), inputs)
     for grad in grads:
         assert not grad[:4].any()
         assert torch.isfinite(grad).all()

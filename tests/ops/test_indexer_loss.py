@@ -58,10 +58,11 @@ class Example:
         self.reach: Reach = case.reach
         self.sees: Tensor = case.sees_picked_TC if picked else case.sees_entry_TC
         self.picked: Tensor | None = case.picked_TM if picked else None
-        self.index = [
-            torch.randn(shape, dtype=dtype, requires_grad=True)
-            for shape in ((tokens, INDEX_HEADS, INDEX_WIDTH), (tokens, INDEX_HEADS), (entries, INDEX_WIDTH))
-        ]
+        self.index = (
+            torch.randn(tokens, INDEX_HEADS, INDEX_WIDTH, dtype=dtype, requires_grad=True),
+            torch.randn(tokens, INDEX_HEADS, dtype=dtype, requires_grad=True),
+            torch.randn(entries, INDEX_WIDTH, dtype=dtype, requires_grad=True),
+        )
         self.q = torch.randn(tokens, HEADS, WIDTH, dtype=dtype)
         self.entries = torch.randn(entries, WIDTH, dtype=dtype)
         keys = torch.randn(case.keys, WIDTH, dtype=dtype)
@@ -123,17 +124,21 @@ def test_any_segment(look_back: Callable[..., Any], data: st.DataObject) -> None
     [([10], [0], 2), ([10], [0], 1), ([2, 3, 1], [0, 4, 9], 2), ([9, 2, 1], [3, 0, 5], 1)],
     ids=["shared tile", "shared tile, gathered", "mixed tile", "both"],
 )
-def test_gradcheck(look_back: Callable[..., Any], lengths: list[int], past: list[int], picks: int, picked: bool) -> None:
+def test_gradcheck(
+    look_back: Callable[..., Any], lengths: list[int], past: list[int], picks: int, picked: bool
+) -> None:
     example = Example(look_back(lengths, past, 3, 1, picks), picked, torch.float64)
     assert torch.autograd.gradcheck(
-        lambda *index: indexer_loss(*index, example.q, example.entries, example.lse, example.reach, example.picked),
+        lambda q, weight, keys: indexer_loss(
+            q, weight, keys, example.q, example.entries, example.lse, example.reach, example.picked
+        ),
         example.index,
     )
 
 
 def test_the_target_is_the_conditional_of_the_joint_softmax(look_back: Callable[..., Any]) -> None:
-    """A head that lives in its window has little say. Head 0 gives entry 0 a mass of 0.8, head 1 gives entry 1 a mass of
-    0.1 and its window the rest: the target is (8/9, 1/9), where a vote per head would make it (1/2, 1/2)."""
+    """A head that lives in its window has little say. Head 0 gives entry 0 a mass of 0.8, head 1 gives entry 1 a mass
+    of 0.1 and its window the rest: the target is (8/9, 1/9), where a vote per head would make it (1/2, 1/2)."""
     case = look_back([2], [0], 2, 1, 1)
     q = torch.zeros(2, 2, 2)
     q[1] = torch.eye(2) * 2**0.5 * 20  # head h scores entry h with 20, the other one with 0
@@ -160,7 +165,8 @@ def test_any_layout_in(look_back: Callable[..., Any], scattered: Callable[[Tenso
     example = Example(look_back([20, 2], [0, 9], 4, 2, 2), picked)
     plain = example.loss()
     wanted = torch.autograd.grad(plain.sum(), example.index)
-    example.index = [scattered(x.detach()).requires_grad_() for x in example.index]
+    index_q, index_weight, index_keys = (scattered(x.detach()).requires_grad_() for x in example.index)
+    example.index = (index_q, index_weight, index_keys)
     example.q, example.entries, example.lse = (scattered(x) for x in (example.q, example.entries, example.lse))
     strided = example.loss()
     torch.testing.assert_close(strided, plain, rtol=1e-5, atol=1e-6)
@@ -173,7 +179,11 @@ def test_any_layout_in(look_back: Callable[..., Any], scattered: Callable[[Tenso
 def test_recall(look_back: Callable[..., Any], lengths: list[int], past: list[int], dense: bool) -> None:
     """Either denominator leads to the same recall: that of the attention which sees every visible entry."""
     case = look_back(lengths, past, 5, 2, 3, 1)
-    q, entries, keys = torch.randn(case.queries, HEADS, WIDTH), torch.randn(case.entries, WIDTH), torch.randn(case.keys, WIDTH)
+    q, entries, keys = (
+        torch.randn(case.queries, HEADS, WIDTH),
+        torch.randn(case.entries, WIDTH),
+        torch.randn(case.keys, WIDTH),
+    )
     sees = case.sees_entry_TC, case.sees_picked_TC
     sink = torch.randn(HEADS)
     lse_all, lse_picked = (joint_lse(q, keys, entries, sink, case.sees_key_TX, seen).float() for seen in sees)
@@ -192,7 +202,9 @@ def test_recall_of_nothing_is_empty(look_back: Callable[..., Any]) -> None:
     case = look_back([3], [0], 5, 4, 2)
     q, entries = torch.randn(3, HEADS, WIDTH), torch.randn(0, WIDTH)
     for queries in (torch.arange(3), torch.arange(0)):
-        assert indexer_recall(q, entries, torch.zeros(3, HEADS), case.reach, case.picked_TM, True, queries).shape == (0,)
+        assert indexer_recall(q, entries, torch.zeros(3, HEADS), case.reach, case.picked_TM, True, queries).shape == (
+            0,
+        )
 
 
 @pytest.mark.parametrize("picked", [False, True], ids=["dense", "picked"])
@@ -202,7 +214,11 @@ def test_linear_memory(largest_tensor: Any, picked: bool) -> None:
     position = torch.arange(tokens)
     reach = Reach((tokens,), position, position, torch.zeros_like(position), position + 1)
     picks = torch.arange(4).expand(tokens, -1) if picked else None
-    index = [torch.randn(shape, requires_grad=True) for shape in ((tokens, 2, 4), (tokens, 2), (tokens, 4))]
+    index = (
+        torch.randn(tokens, 2, 4, requires_grad=True),
+        torch.randn(tokens, 2, requires_grad=True),
+        torch.randn(tokens, 4, requires_grad=True),
+    )
     q, entries, lse = torch.randn(tokens, 2, 4), torch.randn(tokens, 4), torch.full((tokens, 2), 9.0)
     with largest_tensor:
         indexer_loss(*index, q, entries, lse, reach, picks).sum().backward()

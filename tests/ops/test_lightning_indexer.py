@@ -22,7 +22,9 @@ def by_sorting(q: Tensor, weight: Tensor, keys: Tensor, reach: Reach, k: int) ->
     scores = torch.einsum("tj,tjc->tc", weight.double(), products)
     width = min(k, int(reach.visible_T.max()))
     rows = []
-    for row, first, visible in zip(scores.tolist(), reach.first_entry_T.tolist(), reach.visible_T.tolist(), strict=True):
+    for row, first, visible in zip(
+        scores.tolist(), reach.first_entry_T.tolist(), reach.visible_T.tolist(), strict=True
+    ):
         ranked = sorted(range(visible), key=lambda number, row=row, first=first: (-row[first + number], number))
         picked = sorted(ranked[:width])
         rows.append(picked + [-1] * (width - len(picked)))
@@ -104,8 +106,9 @@ def test_a_nan_score_is_an_error(look_back: Callable[..., Any]) -> None:
 
 def test_any_layout_in(look_back: Callable[..., Any], scattered: Callable[[Tensor], Tensor]) -> None:
     case = look_back([30, 2], [0, 50], 4, 2, 1)
-    operands = whole_numbers(case, 3, 4, 50)
-    assert torch.equal(pick_entries(*map(scattered, operands), case.reach, 3), pick_entries(*operands, case.reach, 3))
+    q, weight, keys = whole_numbers(case, 3, 4, 50)
+    expected = pick_entries(q, weight, keys, case.reach, 3)
+    assert torch.equal(pick_entries(scattered(q), scattered(weight), scattered(keys), case.reach, 3), expected)
 
 
 def test_the_workspace_is_bounded(largest_tensor: Any) -> None:

@@ -15,7 +15,7 @@ from leadline.ops.rope import frequencies, rope, rotations
 
 
 def formula(x: Tensor, positions: Tensor, pairs: Tensor, inverse: bool) -> Tensor:
-    """Pair k of token t, seen as a complex number, times exp(i t f_k); everything before the rotary part is untouched."""
+    """Pair k of token t, seen as a complex number, times exp(i t f_k); what lies before the rotary part stays."""
     x, width = x.double(), 2 * len(pairs)
     angle = positions.double()[:, None] * pairs.double()
     turn = torch.polar(torch.ones_like(angle), -angle if inverse else angle)

@@ -112,7 +112,10 @@ def test_any_segment(look_back: Callable[..., Any], data: st.DataObject) -> None
 )
 def test_gradcheck(look_back: Callable[..., Any], lengths: list[int], past: list[int], picks: int, mode: str) -> None:
     case = look_back(lengths, past, window=3, ratio=1, picks=picks)
-    inputs = [x.requires_grad_(not (mode == "window" and place == 2)) for place, x in enumerate(operands(case, 2, 2, torch.float64))]
+    inputs = [
+        x.requires_grad_(not (mode == "window" and place == 2))
+        for place, x in enumerate(operands(case, 2, 2, torch.float64))
+    ]
     assert torch.autograd.gradcheck(lambda *x: attend(case, mode, *x)[0], inputs)
 
 
@@ -132,7 +135,7 @@ def test_sink_of_minus_infinity_is_a_plain_softmax(look_back: Callable[..., Any]
 
 @pytest.mark.parametrize("height", [50.0, 200.0, 1e4])
 def test_a_high_sink_takes_everything(look_back: Callable[..., Any], height: float) -> None:
-    """Its logit may exceed the scores by more than exp can hold: the output is zero, the log of the sum is the logit."""
+    """Its logit may exceed the scores by more than exp can hold: output zero, and the log of the sum is the logit."""
     case = look_back([20, 2], [0, 9], 5, 4, 2)
     inputs = [x.requires_grad_() for x in (*operands(case)[:3], torch.full((2,), height))]
     o, lse = attend(case, "picked", *inputs)
@@ -146,7 +149,10 @@ def test_a_high_sink_takes_everything(look_back: Callable[..., Any], height: flo
 def test_wild_scores_do_not_overflow(look_back: Callable[..., Any], mode: str) -> None:
     case = look_back([20, 2], [0, 9], 5, 4, 2)
     q, keys, entries, sink = operands(case)
-    found, wanted = attend(case, mode, q * 1e3, keys, entries, sink), expected_of(case, mode, q * 1e3, keys, entries, sink)
+    found, wanted = (
+        attend(case, mode, q * 1e3, keys, entries, sink),
+        expected_of(case, mode, q * 1e3, keys, entries, sink),
+    )
     torch.testing.assert_close(found[0].double(), wanted[0], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found[1].double(), wanted[1], rtol=1e-5, atol=1e-3)
 
@@ -179,9 +185,11 @@ def test_a_sequence_never_moves_another(look_back: Callable[..., Any], mode: str
             torch.where(keep.view(-1, *[1] * (x.ndim - 1)), x, factor * x).requires_grad_()
             for x, keep in ((q, mine), (keys, my_keys), (entries, my_entries))
         ]
-        o, lse = attend(case, mode, *inputs, sink)
+        o, lse = attend(case, mode, inputs[0], inputs[1], inputs[2], sink)
         grads = torch.autograd.grad(o[mine].sum(), inputs, allow_unused=True)
-        results.append((o[mine], lse[mine], grads[0][mine], grads[1][my_keys], None if mode == "window" else grads[2][my_entries]))
+        results.append(
+            (o[mine], lse[mine], grads[0][mine], grads[1][my_keys], None if mode == "window" else grads[2][my_entries])
+        )
     for before, after in zip(*results, strict=True):
         assert before is after is None or torch.equal(before, after)
 

@@ -38,15 +38,19 @@ def test_value_and_gradients(shape: tuple[int, int], scaled: bool) -> None:
 def test_gradcheck_on_both_sides_of_the_clamps(scaled: bool) -> None:
     grid = torch.tensor([-9.0, -2.6, -0.4, 0.3, 2.4, 2.6, 9.0], dtype=torch.float64)
     gate, up = torch.cartesian_prod(grid, grid).T.reshape(2, 7, 7).clone()
-    scale = torch.rand(7, dtype=torch.float64, requires_grad=True) if scaled else None
-    assert torch.autograd.gradcheck(swiglu, (gate.requires_grad_(), up.requires_grad_(), 2.5, scale))
+    inputs = [gate.requires_grad_(), up.requires_grad_()]
+    if scaled:
+        inputs.append(torch.rand(7, dtype=torch.float64, requires_grad=True))
+    assert torch.autograd.gradcheck(lambda gate, up, scale=None: swiglu(gate, up, 2.5, scale), inputs)
 
 
 def test_the_gate_is_clamped_from_above_alone() -> None:
     gate, up = torch.tensor([[-50.0, -3.0, 3.0, 50.0]]), torch.ones(1, 4)
     expected = torch.nn.functional.silu(torch.tensor([[-50.0, -3.0, 2.0, 2.0]]))
     torch.testing.assert_close(swiglu(gate, up, 2.0), expected)
-    torch.testing.assert_close(swiglu(torch.ones(1, 2), torch.tensor([[-50.0, 50.0]]), 2.0)[0, 0], -expected.new_tensor(2 / (1 + torch.e**-1)))
+    torch.testing.assert_close(
+        swiglu(torch.ones(1, 2), torch.tensor([[-50.0, 50.0]]), 2.0)[0, 0], -expected.new_tensor(2 / (1 + torch.e**-1))
+    )
 
 
 def test_any_layout_in(scattered: Callable[[Tensor], Tensor]) -> None:

@@ -16,7 +16,7 @@ from leadline.model.init import COMB_DIAGONAL, initialize
 from leadline.model.segment import Segment
 from leadline.model.transformer import Transformer
 from leadline.ops.sinkhorn import sinkhorn
-from leadline.train.gain import Curve, gain_under_drift, measure_gain, mixing_logits
+from leadline.train.gain import Curve, gain_under_drift, measure_gain
 
 NUM_SUBLAYERS = 2 * TINY.num_hidden_layers
 
@@ -45,14 +45,6 @@ def leave_the_start(model: Transformer) -> None:
         connection.scale.data.fill_(0.3)
 
 
-def test_logits_are_those_of_the_mixing(model):
-    leave_the_start(model)
-    for connection in connections(model):
-        x_TSD = 3 * torch.randn(7, 4, TINY.hidden_size)
-        comb_TSS = sinkhorn(mixing_logits(connection, x_TSD), TINY.hc_sinkhorn_iters, TINY.hc_eps)
-        torch.testing.assert_close(comb_TSS, connection.mix_in(x_TSD)[2], atol=1e-5, rtol=1e-4)
-
-
 def test_gain_is_the_product_from_the_bottom_up(model):
     """Mixing matrices that no token changes: the gains are those of a product that can be written down."""
     logits = [torch.randn(4, 4, dtype=torch.float64) for _ in range(NUM_SUBLAYERS)]
@@ -72,6 +64,28 @@ def test_gain_is_the_product_from_the_bottom_up(model):
     assert gain.unconstrained.forward[-1] != pytest.approx(gain.unconstrained.backward[-1], rel=1e-3)
 
 
+def test_constrained_gain_is_that_of_the_matrices_that_mix(model):
+    """Logits that depend on the token: compared with the comb that each sublayer returns for its streams."""
+    leave_the_start(model)
+    tokens, combs = segment(), []
+    for connection in connections(model):
+
+        def mix_in(x_TSD, original=connection.mix_in):
+            parts = original(x_TSD)
+            combs.append(parts[2].double())
+            return parts
+
+        connection.mix_in = mix_in
+    gain = measure_gain(model, tokens)
+    composite_TSS = torch.eye(4, dtype=torch.float64)
+    for sublayer, comb_TSS in enumerate(combs):
+        composite_TSS = torch.einsum("tjk,tji->tki", comb_TSS, composite_TSS.expand_as(comb_TSS))
+        backward = composite_TSS.sum(1).amax(-1).mean()
+        assert gain.constrained.backward[sublayer] == pytest.approx(float(backward), rel=1e-5)
+    assert len(combs) == NUM_SUBLAYERS
+    assert gain.constrained.backward[-1] > 1.0001
+
+
 def test_both_kinds_start_at_one(model):
     gain = measure_gain(model, segment())
     for curve in (gain.constrained, gain.unconstrained):
@@ -86,7 +100,7 @@ def test_measuring_leaves_the_model_as_it_was(model):
         before = model(tokens).streams_TSD
         measure_gain(model, tokens)
         torch.testing.assert_close(model(tokens).streams_TSD, before, rtol=0, atol=0)
-    assert not any("mix_in" in vars(connection) for connection in connections(model))
+    assert not any("logits" in vars(connection) for connection in connections(model))
 
 
 def test_a_failing_forward_leaves_the_model_as_it_was(model):
@@ -94,7 +108,7 @@ def test_a_failing_forward_leaves_the_model_as_it_was(model):
     tokens.tokens_T[0] = TINY.vocab_size  # no such row in the embedding
     with pytest.raises(IndexError):
         measure_gain(model, tokens)
-    assert not any("mix_in" in vars(connection) for connection in connections(model))
+    assert not any("logits" in vars(connection) for connection in connections(model))
 
 
 @pytest.mark.parametrize(("sigma", "unconstrained_at_least"), [(0.1, 1.5), (0.3, 20.0), (1.0, 1e9)])

@@ -12,7 +12,8 @@ from leadline.ops.precision import wide
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    # A norm needs no square of x in memory.
+    return torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
 
 
 class RMSNorm(torch.autograd.Function):

@@ -14,12 +14,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     width = 2 * cos.shape[-1]
     if x.ndim == 3:  # one angle for all heads of a token
         cos, sin = cos[:, None], sin[:, None]
-    pairs = wide(x[..., -width:]).unflatten(-1, (-1, 2))
-    real, imaginary = pairs[..., 0], pairs[..., 1]
+    pairs = wide(x[..., -width:]).unflatten(-1, (-1, 2)).contiguous()
+    turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)  # (2k, 2k+1) is a complex number
     y = x.clone(memory_format=torch.contiguous_format)
-    target = y[..., -width:].unflatten(-1, (-1, 2))
-    target[..., 0] = real * cos - imaginary * sin
-    target[..., 1] = real * sin + imaginary * cos
+    y[..., -width:] = torch.view_as_real(turned).flatten(-2)
     return y
 
 

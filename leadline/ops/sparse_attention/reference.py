@@ -39,7 +39,9 @@ def _columns(
 
 def _scores(q_bHK: Tensor, part: Columns) -> Tensor:
     scores_bHX = torch.matmul(q_bHK, wide(part.vectors).mT)
-    return scores_bHX.masked_fill_(~part.seen[:, None], float("-inf"))
+    # Adding one mask for all heads is several times faster than a masked fill that is broadcast over them.
+    mask_bX = torch.zeros(part.seen.shape, dtype=scores_bHX.dtype, device=scores_bHX.device)
+    return scores_bHX.add_(mask_bX.masked_fill_(~part.seen, float("-inf"))[:, None])
 
 
 class SparseAttention(torch.autograd.Function):

@@ -16,7 +16,7 @@ class SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, scale: Tensor | None, limit: float) -> Tensor:
         ctx.save_for_backward(gate, up, scale)
         ctx.limit = limit
-        hidden = torch.nn.functional.silu(wide(gate).clamp(max=limit)) * wide(up).clamp(-limit, limit)
+        hidden = torch.nn.functional.silu(wide(gate).clamp(max=limit), inplace=True).mul_(wide(up).clamp(-limit, limit))
         if scale is not None:
             hidden *= scale[:, None]
         return hidden.to(gate.dtype)

@@ -12,13 +12,13 @@ from leadline.ops.precision import wide
 
 
 def _dispatch(x_TD: Tensor, order_X: Tensor, choices: int) -> Tensor:
-    return x_TD[order_X // choices]
+    return x_TD.index_select(0, order_X // choices)
 
 
 def _combine(y_XD: Tensor, order_X: Tensor, choices: int) -> Tensor:
     place_X = torch.empty_like(order_X)
     place_X[order_X] = torch.arange(len(order_X), device=order_X.device)
-    return wide(y_XD[place_X].unflatten(0, (-1, choices))).sum(1)
+    return wide(y_XD.index_select(0, place_X).unflatten(0, (-1, choices))).sum(1)
 
 
 class Dispatch(torch.autograd.Function):
