@@ -104,6 +104,15 @@ class State:
         return self.capacity_tokens // ratio
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of keys and entries: that of the model."""
+        return self.layers[0].window_NWK.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].window_NWK.device
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of every tensor held."""
         total = 0

@@ -77,6 +77,12 @@ class Transformer(nn.Module):
             return SegmentIndex(segment, self.config, 0, None)
         if torch.is_grad_enabled():
             raise ValueError("a state holds no gradients: run under torch.no_grad(), or train without a state")
+        weight = self.embed.weight
+        if (state.dtype, state.device) != (weight.dtype, weight.device):
+            raise ValueError(
+                f"the state is {state.dtype} on {state.device}, the model {weight.dtype} on {weight.device}: "
+                "build it with the model's dtype and device"
+            )
         state.reserve(segment)
         capacity = {ratio: state.capacity(ratio) for ratio in set(self.config.layer_ratios) - {0}}
         return SegmentIndex(segment, self.config, state.slots, capacity)

@@ -86,9 +86,10 @@ def test_the_released_models() -> None:
         "vocab_size": 129280, "head_dim": 512, "qk_rope_head_dim": 64, "o_lora_rank": 1024, "sliding_window": 128,
         "index_n_heads": 64, "index_head_dim": 128, "num_experts_per_tok": 6, "num_hash_layers": 3,
         "swiglu_limit": 10.0, "hc_mult": 4, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6, "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0, "compress_rope_theta": 160000.0, "rope_factor": 16.0, "original_max_position_embeddings": 65536,
-        "beta_fast": 32.0, "beta_slow": 1.0, "max_position_embeddings": 1048576, "num_nextn_predict_layers": 1,
-        "initializer_range": 0.02, "bos_token_id": 0, "eos_token_id": 1, "expert_dtype": "fp4", "mtp_ratios": (0,),
+        "rope_theta": 10000.0, "compress_rope_theta": 160000.0, "rope_factor": 16.0,
+        "original_max_position_embeddings": 65536, "beta_fast": 32.0, "beta_slow": 1.0,
+        "max_position_embeddings": 1048576, "num_nextn_predict_layers": 1, "initializer_range": 0.02,
+        "bos_token_id": 0, "eos_token_id": 1, "expert_dtype": "fp4", "mtp_ratios": (0,),
     }  # fmt: skip
     for config in (FLASH, PRO):
         assert {name: getattr(config, name) for name in shared} == shared

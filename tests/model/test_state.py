@@ -100,3 +100,10 @@ def test_other_slots_are_left_alone(
     for old, new in zip(before, tensors(), strict=True):
         assert torch.equal(old[[0, 2]], new[[0, 2]])
         assert not torch.equal(old[1], new[1])
+
+
+def test_a_state_of_another_dtype_is_refused_by_name():
+    model = Transformer(TINY).to(torch.bfloat16)
+    state = State(TINY, 1)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"the state is torch\.float32 .* the model torch\.bfloat16"):
+        model(Segment.of([1, 2, 3]), state)

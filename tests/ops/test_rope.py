@@ -28,7 +28,17 @@ def formula(x: Tensor, positions: Tensor, pairs: Tensor, inverse: bool) -> Tenso
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 @pytest.mark.parametrize(
     ("shape", "width"),
-    [((1, 2), 2), ((3, 6), 4), ((4, 64), 64), ((5, 1, 4), 2), ((127, 3, 16), 8), ((129, 2, 10), 10), ((0, 2, 8), 4)],
+    [
+        ((1, 2), 2),
+        ((3, 6), 4),
+        ((4, 64), 64),
+        ((5, 1, 4), 2),
+        ((127, 3, 16), 8),
+        ((129, 2, 10), 10),
+        ((0, 2, 8), 4),
+        ((3, 5), 4),
+        ((4, 3, 7), 2),
+    ],
 )
 def test_value_and_gradient(shape: tuple[int, ...], width: int, inverse: bool) -> None:
     x = torch.randn(shape, requires_grad=True)

@@ -1,5 +1,7 @@
-"""Top-k in plain PyTorch. `torch.topk` promises nothing about equal scores, so rows where the k-th and the next are equal
-are decided again."""
+"""Top-k in plain PyTorch.
+
+`torch.topk` promises nothing about equal scores, so rows where the k-th and the next are equal are decided again.
+"""
 
 from __future__ import annotations
 
