@@ -22,7 +22,6 @@ from leadline.ops.precision import wide
 from leadline.ops.swiglu import swiglu
 from leadline.ops.token_permutation import combine, dispatch, expert_order
 
-
 TOKENS_PER_RUN = 2048
 
 

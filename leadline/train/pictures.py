@@ -136,7 +136,7 @@ def indexer_kl(rows: Sequence[Row]) -> str:
         figure, axes = _axes("step", "nats")
         _dense_part(axes, rows)
         _line(axes, *column(rows, "index_kl"), "orange", "", smooth=True)
-        axes.set_ylim(bottom=0)
+        _from_zero(axes)
         _legend(axes)
         return _svg(figure)
 
@@ -179,7 +179,7 @@ def busiest_expert(rows: Sequence[Row], labels: Sequence[str]) -> str:
             axes.fill_between(steps, lowest, highest, color=COLOUR["blue"], alpha=0.2, linewidth=0, label="all blocks")
             _line(axes, steps, np.median(busiest_NL, axis=1), "blue", "median block", smooth=True)
         axes.axhline(1.0, color=COLOUR["muted"], linewidth=0.8, linestyle=(0, (2, 3)))
-        axes.set_ylim(bottom=0)
+        _from_zero(axes)
         _legend(axes)
         return _svg(figure)
 
@@ -191,7 +191,7 @@ def optimisation(rows: Sequence[Row]) -> str:
         above, below = figure.subplots(2, 1, sharex=True)
         _line(above, *column(rows, "lr"), "blue", "", smooth=False)
         above.set_ylabel("learning rate")
-        above.set_ylim(bottom=0)
+        _from_zero(above)
         above.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         _line(below, *column(rows, "grad_norm"), "orange", "", smooth=True)
         below.set(xlabel="step", ylabel="gradient norm")
@@ -202,7 +202,7 @@ def optimisation(rows: Sequence[Row]) -> str:
             below.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             below.yaxis.set_minor_locator(NullLocator())
         else:
-            below.set_ylim(bottom=0)
+            _from_zero(below)
         below.xaxis.set_major_locator(_steps())
         return _svg(figure)
 
@@ -213,7 +213,7 @@ def speed(rows: Sequence[Row]) -> str:
         figure, axes = _axes("step", "tokens per second")
         _dense_part(axes, rows)
         _line(axes, *column(rows, "tokens_per_second"), "green", "", smooth=True)
-        axes.set_ylim(bottom=0)
+        _from_zero(axes)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         _legend(axes)
         return _svg(figure)
@@ -242,7 +242,7 @@ def cache_shares(shares: Mapping[str, Mapping[int, float]]) -> str:
         for (name, points), colour in zip(shares.items(), LINES[1:], strict=False):
             axes.plot([*points], [*points.values()], color=COLOUR[colour], label=name, marker="o", markersize=3)
         _context_axis(axes, shares)
-        axes.set_ylim(bottom=0)
+        _from_zero(axes)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         _legend(axes, columns=2)
         return _svg(figure)
@@ -301,6 +301,11 @@ def _axes(x_label: str, y_label: str, height: float = HEIGHT) -> tuple[Figure, A
 
 def _steps() -> MaxNLocator:
     return MaxNLocator(6, integer=True, steps=[1, 2, 5, 10])
+
+
+def _from_zero(axes: Axes) -> None:
+    """Let the axis begin at zero, with room above the highest value."""
+    axes.set_ylim(0, 1.04 * axes.get_ylim()[1])
 
 
 def _context_axis(axes: Axes, lines: Mapping[str, Mapping[int, float]]) -> None:

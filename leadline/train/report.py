@@ -294,10 +294,10 @@ def _cache_table(amounts: Mapping[str, Mapping[int, int]], shares: Mapping[str, 
 def _gain(gain: ResidualGain) -> Parts:
     drift = gain_under_drift(DRIFT)
     introduction = (
-        "Before every sublayer the streams are multiplied by a mixing matrix. mHC keeps it doubly stochastic, so that the "
-        "product over depth can hardly amplify anything: at most about 1.6 times in the mHC paper's 27B model, against "
-        "about 3000 times without the constraint. The unconstrained lines are the same logits without the projection: "
-        "what it removes from this model. A model trained without it would keep its sums smaller (decision 0003)."
+        "Before every sublayer the streams are multiplied by a mixing matrix. mHC keeps it doubly stochastic, so that "
+        "the product over depth can hardly amplify anything: at most about 1.6 times in the mHC paper's 27B model, "
+        "against about 3000 times without the constraint. The unconstrained lines are the same logits without the "
+        "projection: what it removes from this model. Training without it keeps the sums smaller (decision 0003)."
     )
 
     def alt(measured: ResidualGain) -> str:
