@@ -61,7 +61,7 @@ def show(config: Any, prefix: str = "") -> str:
         if dataclasses.is_dataclass(value):
             lines.append(show(value, f"{prefix}{field.name}."))
         else:
-            lines.append(f"{prefix}{field.name} = {value!r}")
+            lines.append(f"{prefix}{field.name} = {value if isinstance(value, Path) else repr(value)}")
     return "\n".join(lines)
 
 

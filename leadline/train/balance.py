@@ -26,3 +26,9 @@ def update_selection_bias(model: Transformer, counts_LE: Tensor, speed: float) -
         if moe.gate.bias is not None:
             load_E = counts_E.to(moe.gate.bias)
             moe.gate.bias += speed * torch.sign(load_E.mean() - load_E)
+
+
+def largest_bias(model: Transformer) -> float:
+    """The largest absolute selection bias of the model, for the log; 0 when no layer is score-routed."""
+    biases = [moe.gate.bias for moe in moe_layers(model) if moe.gate.bias is not None]
+    return float(torch.cat(biases).abs().max()) if biases else 0.0

@@ -327,6 +327,8 @@ def step_row(result: StepResult, settings: StepSettings, clock: Clock, tokens: i
         "balance_loss": result.balance,
         "recall": result.recall,
         "grad_norm": result.grad_norm,
+        "clip_scale": result.clip_scale,
+        "selection_bias": result.bias_largest,
         "lr": settings.lr,
         "dense": settings.training.dense,
         "tokens_per_second": tokens / seconds,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,20 +16,25 @@ from leadline.model.signals import Training
 from leadline.model.transformer import Transformer
 from leadline.ops.select_topk import NonFiniteScoresError
 from leadline.optim.clip import clip_gradients
-from leadline.train.balance import update_selection_bias
+from leadline.train.balance import largest_bias, update_selection_bias
 from leadline.train.health import FirstBadOutput, NonFiniteLossError, check_loss, first_bad_tensor
 from leadline.train.losses import Losses, LossWeights, compute_losses
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Means over the microbatches, as plain numbers; counts_LE and recall are summed and joined."""
+    """Means over the microbatches, as plain numbers; counts_LE is summed, recall joined before its mean."""
 
     next_token: float
     extra_token: float
     balance: float
     indexer: float
-    grad_norm: float
+    grad_norm: float  # before clipping
+    clip_scale: float  # what the gradients were multiplied with, at most 1
+    bias_largest: float  # largest absolute selection bias after the update
     recall: float | None
     counts_LE: Tensor
 
@@ -46,19 +53,44 @@ def train_step(
 
     A loss or gradient that is not finite raises before anything is changed, and names the first bad tensor.
     """
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
+    parameters = list(model.parameters())
+
+    def gradients(batch: tuple[Segment, Tensor]) -> tuple[Losses, tuple[Tensor | None, ...]]:
+        losses = _finite_losses(model, *batch, weights, training)
+        return losses, torch.autograd.grad(losses.total / len(microbatches), parameters, allow_unused=True)
+
+    model.zero_grad(set_to_none=True)
     results = []
-    for segment, targets_T in microbatches:
-        losses = _finite_losses(model, segment, targets_T, weights, training)
-        (losses.total / len(microbatches)).backward()
+    for losses, grads in _side_by_side(gradients, microbatches, parameters[0].device):
         results.append(losses)
+        for parameter, grad in zip(parameters, grads, strict=True):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
     grad_norm = clip_gradients(model.named_parameters(), clip_norm)
     for optimizer in optimizers:
         optimizer.step()
     counts_LE = torch.stack([losses.counts_LE for losses in results]).sum(0)
     update_selection_bias(model, counts_LE, bias_speed)
-    return _summary(results, grad_norm, counts_LE)
+    return _summary(results, grad_norm, min(1.0, clip_norm / max(grad_norm, 1e-30)), largest_bias(model), counts_LE)
+
+
+def _side_by_side(function: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> Iterator[Result]:
+    """`map`, in order; on a CPU the items share the cores, each with its own.
+
+    Cores that work on different microbatches never wait for each other. Cores that share every small operation of one
+    do, thousands of times a step, and where another program takes a core for a moment, all of them stand still. The
+    result is the same bit for bit: what is summed, and in which order, does not depend on who was first.
+    """
+    threads = torch.get_num_threads()
+    workers = min(len(items), threads) if device.type == "cpu" else 1
+    if workers == 1:
+        yield from map(function, items)
+        return
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
+            yield from pool.map(function, items)
+    finally:
+        torch.set_num_threads(threads)  # part of the setting is shared by all threads
 
 
 def _finite_losses(
@@ -86,7 +118,9 @@ def _finite_losses(
     return losses
 
 
-def _summary(results: Sequence[Losses], grad_norm: float, counts_LE: Tensor) -> StepResult:
+def _summary(
+    results: Sequence[Losses], grad_norm: float, clip_scale: float, bias_largest: float, counts_LE: Tensor
+) -> StepResult:
     recall = torch.cat([losses.recall for losses in results])
     count = len(results)
     return StepResult(
@@ -95,6 +129,8 @@ def _summary(results: Sequence[Losses], grad_norm: float, counts_LE: Tensor) -> 
         balance=sum(float(losses.balance) for losses in results) / count,
         indexer=sum(float(losses.indexer) for losses in results) / count,
         grad_norm=grad_norm,
+        clip_scale=clip_scale,
+        bias_largest=bias_largest,
         recall=float(recall.mean()) if len(recall) else None,
         counts_LE=counts_LE,
     )

@@ -97,3 +97,41 @@ def test_a_bad_gradient_stops_the_step_by_name(model):
     model.get_parameter("layers.0.ffn.shared_experts.w1.weight").register_hook(lambda grad: grad * float("inf"))
     with pytest.raises(NonFiniteGradientError, match=r"layers\.0\.ffn\.shared_experts\.w1\.weight"):
         update(model, [], batches(1))
+
+
+def test_clipping_and_bias_are_reported(model):
+    result = train_step(
+        model, [], batches(1), weights=LossWeights(), training=Training(), clip_norm=1e-3, bias_speed=0.25
+    )
+    assert result.grad_norm > 1e-3
+    assert result.clip_scale == pytest.approx(1e-3 / result.grad_norm)
+    clipped = sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None) ** 0.5
+    assert clipped == pytest.approx(1e-3, rel=1e-3)
+    assert result.bias_largest == 0.25
+
+
+def test_microbatches_side_by_side_give_the_same_bits(model):
+    def step(threads: int) -> dict[str, torch.Tensor]:
+        fresh = Transformer(TINY)
+        fresh.load_state_dict(model.state_dict())
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            update(fresh, build_optimizers(fresh.named_parameters(), TINY, 1e-2), batches(3))
+        finally:
+            torch.set_num_threads(before)
+        return fresh.state_dict()
+
+    alone, together = step(1), step(3)
+    assert all(torch.equal(alone[name], together[name]) for name in alone)
+
+
+def test_a_bad_weight_is_named_from_a_side_thread_too(model):
+    with torch.no_grad():
+        model.get_parameter("layers.2.attn.wkv.weight")[3, 5] = float("nan")
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(NonFiniteLossError, match=r"layers\.2\.attn\.wkv\.weight: 1 of"):
+            update(model, [], batches(2))
+    finally:
+        torch.set_num_threads(1)
