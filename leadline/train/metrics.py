@@ -107,8 +107,9 @@ class RunDisplay:
             last = total is not None and done >= total
             if last or now - self._last_line >= self.SECONDS_BETWEEN_LINES:
                 self._last_line = now
-                self.console.print(f"{done}/{total if total is not None else '?'}  {numbers}", highlight=False)
+                of = "?" if total is None else total
+                self.console.print(f"{done}/{of}  {numbers}", highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """A line that stays on the screen."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)
