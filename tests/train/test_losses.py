@@ -67,28 +67,32 @@ def test_extra_token_loss_is_that_of_the_mtp_block(model, batch):
 
 
 def test_total_is_the_weighted_sum(model, batch):
+    segment, targets_T = batch
     weights = LossWeights(mtp=0.7, balance=0.11, index=0.3)
-    losses = compute_losses(model, *batch, weights, Training())
+    losses = compute_losses(model, segment, targets_T, weights, Training())
     expected = losses.next_token + 0.7 * losses.extra_token + 0.11 * losses.balance + 0.3 * losses.indexer
     assert losses.total.item() == pytest.approx(expected.item(), rel=1e-6)
     assert all(math.isfinite(x.item()) and x.item() > 0 for x in (losses.extra_token, losses.balance, losses.indexer))
 
 
 def test_every_parameter_receives_a_gradient(model, batch):
-    compute_losses(model, *batch, LossWeights(), Training()).total.backward()
+    segment, targets_T = batch
+    compute_losses(model, segment, targets_T, LossWeights(), Training()).total.backward()
     # A segment of 128 tokens per sequence at most makes no ratio-128 entry: that compressor is out of reach here.
     silent = {name for name, p in model.named_parameters() if p.grad is None or not bool(p.grad.any())}
     assert {name for name in silent if ".attn.compressor." not in name or not name.startswith("layers.2.")} == set()
 
 
 def test_experts_are_counted_for_every_block(model, batch):
-    losses = compute_losses(model, *batch, LossWeights(), Training())
+    segment, targets_T = batch
+    losses = compute_losses(model, segment, targets_T, LossWeights(), Training())
     blocks = TINY.num_hidden_layers + TINY.num_nextn_predict_layers
     assert losses.counts_LE.shape == (blocks, TINY.n_routed_experts)
     assert losses.counts_LE.sum(1).tolist() == [sum(LENGTHS) * TINY.num_experts_per_tok] * blocks
 
 
 def test_a_model_without_mtp_has_no_extra_token_loss(batch):
+    segment, targets_T = batch
     model = Transformer(TINY, with_mtp=False)
     initialize(model, seed=0)
-    assert compute_losses(model, *batch, LossWeights(), Training()).extra_token.item() == 0
+    assert compute_losses(model, segment, targets_T, LossWeights(), Training()).extra_token.item() == 0

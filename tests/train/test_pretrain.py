@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def quiet() -> Console:
     return Console(file=io.StringIO())
 
 
-def final_state(run: Run) -> dict[str, torch.Tensor]:
+def final_state(run: Run) -> dict[str, Any]:
     return torch.load(run.out / "resume.pt", weights_only=True)
 
 
