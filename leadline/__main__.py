@@ -21,6 +21,7 @@ VERBS = {
     "train": "leadline.recipes.train",
     "plan": "leadline.recipes.plan",
     "verify": "leadline.recipes.verify",
+    "bench": "leadline.recipes.bench",
 }
 
 HELP_WORDS = ("-h", "--help", "help")

@@ -10,8 +10,9 @@ comb is made doubly stochastic by Sinkhorn normalisation: mixing then neither gr
 the model is, which is the "manifold constraint". The sum runs over the FIRST index of comb; the transpose also looks
 doubly stochastic and fails silently.
 
-All coefficients are computed in FP32 from the streams divided by their joint RMS. The row layout of `fn` and `base` is
-S pre, S post, S x S comb (row-major [j, k]); `scale` holds one gate for each of the three.
+The arithmetic is that of `ops/hyper_connection`. All coefficients are computed in FP32 from the streams divided by
+their joint RMS. The row layout of `fn` and `base` is S pre, S post, S x S comb (row-major [j, k]); `scale` holds one
+gate for each of the three.
 """
 
 from __future__ import annotations
@@ -20,20 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from leadline.model.config import ModelConfig
-from leadline.ops.precision import wide
-from leadline.ops.sinkhorn import sinkhorn
-
-
-def _mixes(x_TSD: Tensor, fn: Tensor, rms_norm_eps: float) -> Tensor:
-    """(flatten(X) / rms(flatten(X))) fn^T, FP32 [T, rows of fn]. Dividing after the product is the same and cheaper."""
-    flat = wide(x_TSD.flatten(1))
-    mean_square = torch.linalg.vector_norm(flat, dim=-1, keepdim=True).square() / flat.shape[-1]
-    return nn.functional.linear(flat, wide(fn)) * torch.rsqrt(mean_square + rms_norm_eps)
-
-
-def _collapse(x_TSD: Tensor, pre_TS: Tensor) -> Tensor:
-    """sum_j pre_j X_j, FP32 inside, dtype of X."""
-    return torch.bmm(pre_TS[:, None], wide(x_TSD)).squeeze(1).to(x_TSD.dtype)
+from leadline.ops import hyper_connection as op
 
 
 class HyperConnection(nn.Module):
@@ -48,26 +36,20 @@ class HyperConnection(nn.Module):
         self.base = nn.Parameter(torch.empty(rows))
         self.scale = nn.Parameter(torch.empty(3))
 
-    def logits(self, x_TSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What pre, post [T, S] and comb [T, S, S] are made of, FP32: gate x projection of the streams + base."""
-        s = self.num_streams
-        scale = self.scale.repeat_interleave(torch.tensor([s, s, s * s], device=self.scale.device))
-        logits = _mixes(x_TSD, self.fn, self.rms_norm_eps) * scale + self.base
-        pre_TS, post_TS, comb = logits.split([s, s, s * s], dim=-1)
-        return pre_TS, post_TS, comb.unflatten(-1, (s, s))
-
     def mix_in(self, x_TSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Collapse the streams: (y_TD in the dtype of X, post_TS FP32, comb_TSS FP32)."""
-        pre_TS, post_TS, comb_TSS = self.logits(x_TSD)
-        pre_TS = torch.sigmoid(pre_TS) + self.eps
-        post_TS = 2 * torch.sigmoid(post_TS)
-        return _collapse(x_TSD, pre_TS), post_TS, sinkhorn(comb_TSS, self.rounds, self.eps)
+        return op.mix_in(x_TSD, self.fn, self.base, self.scale, self.rounds, self.eps, self.rms_norm_eps)
 
     @staticmethod
     def mix_out(x_TSD: Tensor, out_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor) -> Tensor:
         """X'_k = post_k F(y) + sum_j comb_jk X_j, FP32 inside, dtype of X."""
-        mixed_TSD = torch.bmm(comb_TSS.mT, wide(x_TSD))
-        return mixed_TSD.addcmul_(post_TS[..., None], wide(out_TD)[:, None]).to(x_TSD.dtype)
+        return op.mix_out(x_TSD, out_TD, post_TS, comb_TSS)
+
+    def comb_logits(self, x_TSD: Tensor) -> Tensor:
+        """What comb is made of before the Sinkhorn projection, FP32 [T, S, S]; the model itself does not need it."""
+        s = self.num_streams
+        mixes = op.projection(x_TSD, self.fn[2 * s :], self.rms_norm_eps)
+        return (mixes * self.scale[2] + self.base[2 * s :]).unflatten(-1, (s, s))
 
 
 class StreamHead(nn.Module):
@@ -81,8 +63,8 @@ class StreamHead(nn.Module):
         self.scale = nn.Parameter(torch.empty(1))
 
     def forward(self, x_TSD: Tensor) -> Tensor:
-        mixes = _mixes(x_TSD, self.fn, self.rms_norm_eps)
-        return _collapse(x_TSD, torch.sigmoid(mixes * self.scale + self.base) + self.eps)
+        mixes = op.projection(x_TSD, self.fn, self.rms_norm_eps)
+        return op.collapse(x_TSD, torch.sigmoid(mixes * self.scale + self.base) + self.eps)
 
 
 def spread(embedding_TD: Tensor, num_streams: int) -> Tensor:

@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import exp
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,22 +96,21 @@ def gain_under_drift(
 def _mixing_logits(model: Transformer) -> Iterator[list[Tensor]]:
     """Collect the logits of comb of every trunk sublayer, in the order in which a forward pass makes them.
 
-    `HyperConnection.logits` is no module of its own that a hook could watch, so it is replaced on the instances and put
+    `HyperConnection.mix_in` is no module of its own that a hook could watch, so it is replaced on the instances and put
     back.
     """
     collected: list[Tensor] = []
-    watched: list[HyperConnection] = []
+    watched: list[tuple[HyperConnection, Any]] = []
 
     def watch(connection: HyperConnection) -> None:
-        original = connection.logits
+        watched.append((connection, vars(connection).get("mix_in")))
+        original = connection.mix_in
 
         def collecting(x_TSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            logits = original(x_TSD)
-            collected.append(logits[2])
-            return logits
+            collected.append(connection.comb_logits(x_TSD))
+            return original(x_TSD)
 
-        connection.logits = collecting
-        watched.append(connection)
+        connection.mix_in = collecting
 
     try:
         for block in model.layers:
@@ -119,8 +119,10 @@ def _mixing_logits(model: Transformer) -> Iterator[list[Tensor]]:
             watch(block.hc_ffn)
         yield collected
     finally:
-        for connection in watched:
-            del connection.logits
+        for connection, before in watched:
+            del connection.mix_in
+            if before is not None:  # somebody else watches this instance
+                connection.mix_in = before
 
 
 def _gain(logits: list[Tensor], rounds: int, eps: float, diagonal: float) -> ResidualGain:

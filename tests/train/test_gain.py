@@ -100,7 +100,7 @@ def test_measuring_leaves_the_model_as_it_was(model):
         before = model(tokens).streams_TSD
         measure_gain(model, tokens)
         torch.testing.assert_close(model(tokens).streams_TSD, before, rtol=0, atol=0)
-    assert not any("logits" in vars(connection) for connection in connections(model))
+    assert not any("mix_in" in vars(connection) for connection in connections(model))
 
 
 def test_a_failing_forward_leaves_the_model_as_it_was(model):
@@ -108,7 +108,7 @@ def test_a_failing_forward_leaves_the_model_as_it_was(model):
     tokens.tokens_T[0] = TINY.vocab_size  # no such row in the embedding
     with pytest.raises(IndexError):
         measure_gain(model, tokens)
-    assert not any("logits" in vars(connection) for connection in connections(model))
+    assert not any("mix_in" in vars(connection) for connection in connections(model))
 
 
 @pytest.mark.parametrize(("sigma", "unconstrained_at_least"), [(0.1, 1.5), (0.3, 20.0), (1.0, 1e9)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from leadline.ops.dispatch import use_kernel
 from leadline.ops.gated_pool.reference import GatedPool
 
 
@@ -20,4 +21,8 @@ def gated_pool(values_YE: Tensor, scores_YE: Tensor, rows_CG: Tensor, width: int
     Returns FP32 [C, D]. Differentiable in values and scores, linear in memory: the backward recomputes the softmax.
     A (row, half) may appear in at most one entry, which is so for windows; this makes the backward free of additions.
     """
+    if use_kernel("gated_pool", values_YE):
+        from leadline.ops.gated_pool import kernel
+
+        return kernel.GatedPool.apply(values_YE, scores_YE, rows_CG, width)
     return GatedPool.apply(values_YE, scores_YE, rows_CG, width)

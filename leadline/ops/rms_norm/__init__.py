@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from leadline.ops.dispatch import use_kernel
 from leadline.ops.rms_norm.reference import RMSNorm
 
 
@@ -13,4 +14,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     x: [..., D] of any float dtype. weight: [D], or None for the weightless norm of the query heads. The arithmetic is
     FP32, rounded once at the end to the dtype of x. Differentiable in x and weight; only x is kept for the backward.
     """
+    if use_kernel("rms_norm", x):
+        from leadline.ops.rms_norm import kernel
+
+        return kernel.RMSNorm.apply(x, weight, eps)
     return RMSNorm.apply(x, weight, eps)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from leadline.ops.dispatch import use_kernel
 from leadline.ops.rope.reference import Rotation
 
 
@@ -16,6 +17,10 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tenso
     x: [T, K] or [T, H, K]; the first K - R values pass through. cos, sin: FP32 [T, R/2] from `rotations`. inverse:
     rotate back, as the attention output is at the query's position. FP32 arithmetic, dtype of x returned.
     """
+    if use_kernel("rope", x):
+        from leadline.ops.rope import kernel
+
+        return kernel.Rotation.apply(x, cos, sin, inverse)
     return Rotation.apply(x, cos, sin, inverse)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from leadline.ops.dispatch import use_kernel
 from leadline.ops.swiglu.reference import SwiGLU
 
 
@@ -13,4 +14,8 @@ def swiglu(gate: Tensor, up: Tensor, limit: float, scale: Tensor | None = None) 
     gate, up: [X, F]. scale: FP32 [X] or None; a routed expert's gate weight belongs here, before the down projection.
     FP32 arithmetic, dtype of gate returned. Differentiable in all three; keeps only its inputs.
     """
+    if use_kernel("swiglu", gate):
+        from leadline.ops.swiglu import kernel
+
+        return kernel.SwiGLU.apply(gate, up, scale, limit)
     return SwiGLU.apply(gate, up, scale, limit)

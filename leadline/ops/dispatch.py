@@ -1,0 +1,78 @@
+"""Which implementation of an op runs: its Triton kernel on a CUDA device, its reference everywhere else.
+
+The reference is the meaning, the kernel its fast equal, so nothing but speed and rounding may depend on the choice.
+Float64 always goes to the reference: gradient checks and oracles are what it is used for, and no kernel computes in it.
+
+`implementation` overrides the choice for a block of code. It holds in the thread that entered it; the backward of a
+CUDA graph of nodes would normally run in a thread of its own, where activation recomputation would then choose anew and
+differently, so inside of the block autograd stays in the same thread.
+
+Triton's interpreter runs kernels on CPU tensors, slowly, for tests: set TRITON_INTERPRET=1 before Triton is imported,
+and force "kernel". Numbers in bfloat16 are not to be trusted there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Implementation = Literal["reference", "kernel"]
+
+_forced: ContextVar[Implementation | None] = ContextVar("leadline_ops_implementation", default=None)
+
+
+class KernelError(ValueError):
+    """A kernel was demanded where it cannot run; the message names the op, the device and the remedy."""
+
+
+@contextmanager
+def implementation(name: Implementation) -> Iterator[None]:
+    """Inside of the block every op runs as "reference" or as "kernel"; an op that has no kernel has no choice to make.
+
+    Run the backward inside of the block as well. Blocks nest; the innermost decides.
+    """
+    if name not in ("reference", "kernel"):
+        raise KernelError(f"implementation '{name}': expected 'reference' or 'kernel'")
+    token = _forced.set(name)
+    try:
+        with torch.autograd.set_multithreading_enabled(False):
+            yield
+    finally:
+        _forced.reset(token)
+
+
+def use_kernel(op: str, x: Tensor) -> bool:
+    """Whether `op` runs as a kernel on x: on CUDA with Triton installed, unless x is float64 or `implementation` says
+    otherwise. KernelError when a kernel is demanded where none can run."""
+    forced = _forced.get()
+    if forced == "reference":
+        return False
+    obstacle = _obstacle(x)
+    if forced == "kernel" and obstacle:
+        raise KernelError(f"{op}: no kernel for {x.dtype} on {x.device}: {obstacle}")
+    return not obstacle and (x.is_cuda or forced == "kernel")
+
+
+def _obstacle(x: Tensor) -> str | None:
+    """Why no kernel can run on x, as a remedy for the user; None when one can."""
+    if not triton_installed():
+        return "install triton, or use implementation('reference')"
+    if x.dtype == torch.float64:
+        return "kernels compute in float32; use implementation('reference')"
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return "move the tensors to a CUDA device, or set TRITON_INTERPRET=1 before the start to run the interpreter"
+    return None
+
+
+@cache
+def triton_installed() -> bool:
+    """Whether Triton can be imported; it is not, until a kernel runs."""
+    return find_spec("triton") is not None

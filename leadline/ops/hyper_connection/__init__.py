@@ -1,0 +1,45 @@
+"""Hyper-connections: S residual streams into a sublayer and out of it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from leadline.ops.dispatch import use_kernel
+from leadline.ops.hyper_connection.reference import MixIn, MixOut, collapse, projection
+
+__all__ = ["collapse", "mix_in", "mix_out", "projection"]
+
+
+def mix_in(
+    x_TSD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rounds: int, eps: float, rms_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sublayer's input and the coefficients of `mix_out`: (y_TD, post_TS, comb_TSS) (report 2.2).
+
+        logits = scale x projection(X) + base           one row of fn and base, and one of 3 scales, for each of
+        pre    = sigmoid(logits) + eps                  S rows pre,
+        post   = 2 sigmoid(logits)                      S rows post,
+        comb   = sinkhorn(logits, rounds, eps)          S x S rows comb, row-major [j, k]
+        y      = sum_j pre_j X_j
+
+    x_TSD: the streams, any float dtype. fn: [(2 + S) S, S D], base: [(2 + S) S], scale: [3]. y comes in the dtype of
+    the streams; post, comb and everything in between are FP32. Differentiable in x, fn, base and scale. For the
+    backward it keeps its inputs and (2 + S) S + 1 numbers for each token; the rest is computed again.
+    """
+    if use_kernel("hyper_connection", x_TSD):
+        from leadline.ops.hyper_connection import kernel
+
+        return kernel.MixIn.apply(x_TSD, fn, base, scale, rounds, eps, rms_eps)
+    return MixIn.apply(x_TSD, fn, base, scale, rounds, eps, rms_eps)
+
+
+def mix_out(x_TSD: Tensor, out_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor) -> Tensor:
+    """X'_k = post_k out + sum_j comb_jk X_j, the streams after the sublayer (report 2.2).
+
+    The sum runs over the first index of comb. out_TD: what the sublayer returned. FP32 inside, dtype of X returned.
+    Differentiable in all four; keeps its inputs only.
+    """
+    if use_kernel("hyper_connection", x_TSD):
+        from leadline.ops.hyper_connection import kernel
+
+        return kernel.MixOut.apply(x_TSD, out_TD, post_TS, comb_TSS)
+    return MixOut.apply(x_TSD, out_TD, post_TS, comb_TSS)
