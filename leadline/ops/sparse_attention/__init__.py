@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from leadline.ops.dispatch import use_kernel
 from leadline.ops.reach import Reach
 from leadline.ops.sparse_attention.reference import SparseAttention
 
@@ -27,4 +28,8 @@ def sparse_attention(
     Returns o_THK in the dtype of q and lse_TH = log of the denominator, FP32, not differentiable. Differentiable in q,
     keys, entries and sink. Linear in memory: scores exist for one tile of queries, and again in the backward.
     """
+    if use_kernel("sparse_attention", q_THK):
+        from leadline.ops.sparse_attention.kernel import SparseAttentionKernel
+
+        return SparseAttentionKernel.apply(q_THK, keys_XK, entries_CK, sink_H, reach, picked_TM)
     return SparseAttention.apply(q_THK, keys_XK, entries_CK, sink_H, reach, picked_TM)

@@ -1,0 +1,678 @@
+"""Sparse attention in Triton, forward and backward.
+
+Keys and entries are `columns`: K wide, and shared by all heads, so the H heads of one query are the rows of a matrix
+product with them. With 64 heads and K = 512 each column that is read (1 KiB in bf16) feeds 2 x 2 x 64 x 512 FLOPs:
+arithmetic is the floor, as long as columns come from the L2 cache and the next ones are under way while the last ones
+are multiplied.
+
+Forward. A program holds the q of a tile of rows (queries x heads) and walks over their columns with a running maximum,
+first over the window, then over the entries. With picked entries a tile is one query, because every query has columns
+of its own; otherwise neighbouring queries share them and a tile fills up with several queries when heads are few.
+
+Backward. Nothing is added atomically, so that two runs agree bitwise.
+
+- `bwd_queries`: tiles as in the forward. Scores are computed again from the saved lse, and dq is summed in registers.
+- `bwd_columns`: columns that are seen by a run of queries (window keys, and entries when all visible ones are seen). A
+  program holds a block of columns and walks over the queries that see any of them.
+- Picked entries are seen by scattered queries. `bwd_queries` writes what each pick of a chunk of queries contributes
+  to its entry, one row of K, into a workspace of at most 512 MiB; sorting the picks by entry (stable) inverts the
+  lists, and `bwd_picks` adds the rows of each entry in the order of the queries, in FP32. The rows are stored in the
+  dtype of q. In bf16 that rounds each contribution once, to 8 bits; the roundings are independent, so the sum of n of
+  them is off by about 2^-9 / sqrt(n) of its size, less than the rounding of the result.
+
+Tensors that are K wide are held as tuples of column chunks: a chunk is the widest tile of a sum that fits into the
+registers, and float32 products, which have no matrix unit, take small ones.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from leadline.ops.reach import Reach
+
+WORKSPACE_BYTES = 512 * 2**20
+LOG2_E = math.log2(math.e)
+
+
+@triton.jit
+def _load(vectors, rows_R, real_R, K: tl.constexpr, CHUNK: tl.constexpr):
+    """vectors[rows] as a tuple of chunks [R, CHUNK]; zero where a row is not real."""
+    tiles = ()
+    for at in tl.static_range(0, K, CHUNK):
+        column = at + tl.arange(0, CHUNK)
+        real = real_R[:, None]
+        if K % CHUNK:
+            real = real & (column < K)[None, :]
+        tiles += (tl.load(vectors + rows_R[:, None] * K + column[None, :], mask=real, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def _store(vectors, rows_R, real_R, tiles, K: tl.constexpr, CHUNK: tl.constexpr, SKIP: tl.constexpr = 0):
+    """vectors[rows] = tiles, the reverse of `_load`; the tiles are the chunks from SKIP on."""
+    for c in tl.static_range(len(tiles)):
+        column = (SKIP + c) * CHUNK + tl.arange(0, CHUNK)
+        real = real_R[:, None]
+        if K % CHUNK:
+            real = real & (column < K)[None, :]
+        tl.store(vectors + rows_R[:, None] * K + column[None, :], tiles[c].to(vectors.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr):
+    tiles = ()
+    for _ in tl.static_range(0, K, CHUNK):
+        tiles += (tl.zeros((ROWS, CHUNK), tl.float32),)
+    return tiles
+
+
+@triton.jit
+def _inner_products(a, b):
+    """a b^T, summed over the chunks."""
+    products = tl.dot(a[0], b[0].T, input_precision="ieee")
+    for c in tl.static_range(1, len(a)):
+        products = tl.dot(a[c], b[c].T, products, input_precision="ieee")
+    return products
+
+
+@triton.jit
+def _add_product(sums, weights, vectors):
+    """sums + weights vectors, chunk by chunk."""
+    added = ()
+    for c in tl.static_range(len(vectors)):
+        added += (tl.dot(weights, vectors[c], sums[c], input_precision="ieee"),)
+    return added
+
+
+@triton.jit
+def _scaled(tiles, factor_R):
+    scaled = ()
+    for c in tl.static_range(len(tiles)):
+        scaled += (tiles[c] * factor_R[:, None],)
+    return scaled
+
+
+@triton.jit
+def _rows(tile, block, T, H, QUERIES: tl.constexpr, HEADS: tl.constexpr):
+    """Query, head and flat index [T, H] of each row of a tile, and whether there is such a row."""
+    row = tl.arange(0, QUERIES * HEADS)
+    t_R = tile + row // HEADS
+    h_R = block * HEADS + row % HEADS
+    return t_R, h_R, t_R * H + h_R, (t_R < T) & (h_R < H)
+
+
+@triton.jit
+def _run(first, last, t_R, T):
+    """The run of columns that the queries of a tile see together: its first row and its length; and of each query the
+    ends of its own run, counted from there. A query that does not exist gets an empty run."""
+    first_R = tl.load(first + t_R, mask=t_R < T, other=2**62)
+    last_R = tl.load(last + t_R, mask=t_R < T, other=-1)
+    low = tl.min(first_R)
+    length = (tl.max(last_R) + 1 - low).to(tl.int32)
+    first_R, last_R = tl.where(t_R < T, first_R - low, 1), tl.where(t_R < T, last_R - low, 0)
+    return low, length, first_R.to(tl.int32), last_R.to(tl.int32)
+
+
+@triton.jit
+def _group(first_entry, visible, t_R, tile, i, T):
+    """Query i of a tile leads a group when no query before it has the same entries: their first row, how many the group
+    sees, and how many each of its queries sees (0 outside of the group). The group is empty if query i is no leader."""
+    own = tl.load(first_entry + tile + i, mask=tile + i < T, other=-1)
+    first_R = tl.load(first_entry + t_R, mask=t_R < T, other=-1)
+    visible_R = tl.load(visible + t_R, mask=(t_R < T) & (first_R == own), other=0).to(tl.int32)
+    led = tl.sum(((t_R < tile + i) & (first_R == own)).to(tl.int32)) > 0
+    return own, tl.where(led, 0, tl.max(visible_R)), visible_R
+
+
+@triton.jit
+def _picks(picked, M, BLOCK: tl.constexpr):
+    """How many places of a list of picks must be looked at: all up to the last pick."""
+    length = 0
+    for at in range(0, M, BLOCK):
+        place = at + tl.arange(0, BLOCK)
+        number = tl.load(picked + place, mask=place < M, other=-1)
+        length = tl.maximum(length, tl.max(tl.where(number >= 0, place + 1, 0)))
+    return length
+
+
+@triton.jit
+def _attend(q, columns, seen, most_R, sum_R, o, scale):
+    """One step of the running softmax. most: largest score so far, in units of log 2. o: weighted columns so far."""
+    scores = tl.where(seen, _inner_products(q, columns) * scale, float("-inf"))
+    new_R = tl.maximum(most_R, tl.max(scores, 1))
+    # As long as a row has seen nothing, its maximum is -inf, and -inf - -inf would be NaN.
+    base_R = tl.where(new_R == float("-inf"), 0.0, new_R)
+    weights = tl.exp2(scores - base_R[:, None])
+    shrink_R = tl.exp2(most_R - base_R)
+    sum_R = sum_R * shrink_R + tl.sum(weights, 1)
+    # The published kernel rounds the probabilities to the dtype of the values before the second product.
+    return new_R, sum_R, _add_product(_scaled(o, shrink_R), weights.to(q[0].dtype), columns)
+
+
+@triton.jit(do_not_specialize=["T"])
+def sparse_attention_fwd_kernel(
+    q_THK, keys_XK, entries_CK, picked_TM, sink_H, first_key_T, last_key_T, first_entry_T, visible_T,
+    o_THK, lse_TH, T, H, M, scale,
+    K: tl.constexpr, ENTRIES: tl.constexpr,
+    QUERIES: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """o and lse of one tile of rows. ENTRIES: "none", "visible" or "picked". scale: K^-0.5 log2 e."""
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(H, HEADS)
+    tile = program // blocks * QUERIES
+    t_R, h_R, at_R, real_R = _rows(tile, program % blocks, T, H, QUERIES, HEADS)
+    q = _load(q_THK, at_R, real_R, K, CHUNK)
+    most_R = tl.full((QUERIES * HEADS,), float("-inf"), tl.float32)
+    sum_R = tl.zeros((QUERIES * HEADS,), tl.float32)
+    o = _zeros(QUERIES * HEADS, K, CHUNK)
+    place = tl.arange(0, COLUMNS)
+
+    low, length, first_R, last_R = _run(first_key_T, last_key_T, t_R, T)
+    for at in range(0, length, COLUMNS):
+        n = at + place
+        columns = _load(keys_XK + low * K, n, n < length, K, CHUNK)
+        seen = (n[None, :] >= first_R[:, None]) & (n[None, :] <= last_R[:, None])
+        most_R, sum_R, o = _attend(q, columns, seen, most_R, sum_R, o, scale)
+
+    if ENTRIES == "visible":
+        for i in range(QUERIES):
+            low, length, visible_R = _group(first_entry_T, visible_T, t_R, tile, i, T)
+            for at in range(0, length, COLUMNS):
+                n = at + place
+                columns = _load(entries_CK + low * K, n, n < length, K, CHUNK)
+                seen = n[None, :] < visible_R[:, None]
+                most_R, sum_R, o = _attend(q, columns, seen, most_R, sum_R, o, scale)
+
+    if ENTRIES == "picked":
+        entries_CK += tl.load(first_entry_T + tile) * K
+        picked_TM += tile * M
+        length = _picks(picked_TM, M, COLUMNS)
+        # The numbers are loaded one step ahead: the addresses of the columns wait for them.
+        number = tl.load(picked_TM + place, mask=place < length, other=-1).to(tl.int32)
+        for at in range(0, length, COLUMNS):
+            columns = _load(entries_CK, number, number >= 0, K, CHUNK)
+            seen = tl.broadcast_to((number >= 0)[None, :], (QUERIES * HEADS, COLUMNS))
+            n = at + COLUMNS + place
+            number = tl.load(picked_TM + n, mask=n < length, other=-1).to(tl.int32)
+            most_R, sum_R, o = _attend(q, columns, seen, most_R, sum_R, o, scale)
+
+    sink_R = tl.load(sink_H + h_R, mask=real_R, other=0.0)
+    # A sink far above all scores makes the denominator infinite: the output is rightly 0, but its log must not be
+    # taken from there.
+    o = _scaled(o, 1.0 / (sum_R + tl.exp2(sink_R * 1.4426950408889634 - most_R)))
+    _store(o_THK, at_R, real_R, o, K, CHUNK)
+    log_R = (most_R + tl.log2(sum_R)) * 0.6931471805599453
+    top_R = tl.maximum(log_R, sink_R)
+    tl.store(lse_TH + at_R, top_R + tl.log(tl.exp(log_R - top_R) + tl.exp(sink_R - top_R)), mask=real_R)
+
+
+@triton.jit
+def _score_gradients(products, do_products, seen, lse, inner, scale, DTYPE: tl.constexpr):
+    """Probabilities, and gradients of the scores times K^-0.5, both in DTYPE, from q . k and do . k. Zero where nothing
+    is seen, whatever stands there."""
+    weights = tl.where(seen, tl.exp2(products * scale - lse), 0.0)
+    gradients = tl.where(seen, weights * (do_products - inner) * (scale * 0.6931471805599453), 0.0)
+    return weights.to(DTYPE), gradients.to(DTYPE)
+
+
+@triton.jit
+def _gradients_of_rows(q, do, columns, seen, lse_R, inner_R, scale):
+    """The same for a tile of rows: [R, X]."""
+    products, do_products = _inner_products(q, columns), _inner_products(do, columns)
+    return _score_gradients(products, do_products, seen, lse_R[:, None], inner_R[:, None], scale, q[0].dtype)
+
+
+@triton.jit(do_not_specialize=["start", "stop"])
+def sparse_attention_bwd_queries_kernel(
+    q_THK, do_THK, o_THK, keys_XK, entries_CK, picked_TM, first_key_T, last_key_T, first_entry_T, visible_T, lse_TH,
+    dq_THK, inner_TH, rows_tMBK, start, stop, H, M, scale,
+    K: tl.constexpr, ENTRIES: tl.constexpr,
+    QUERIES: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """dq and inner = do . o of one tile of rows, queries start to stop - 1. With picks also `rows`: what each pick
+    contributes to the gradient of its entry, summed over the heads of the tile; B blocks of heads."""
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(H, HEADS)
+    tile = start + program // blocks * QUERIES
+    t_R, _h_R, at_R, real_R = _rows(tile, program % blocks, stop, H, QUERIES, HEADS)
+    q = _load(q_THK, at_R, real_R, K, CHUNK)
+    do = _load(do_THK, at_R, real_R, K, CHUNK)
+    inner_R = tl.zeros((QUERIES * HEADS,), tl.float32)
+    o = _load(o_THK, at_R, real_R, K, CHUNK)
+    for c in tl.static_range(len(o)):
+        inner_R += tl.sum(o[c].to(tl.float32) * do[c].to(tl.float32), 1)
+    tl.store(inner_TH + at_R, inner_R, mask=real_R)
+    lse_R = tl.load(lse_TH + at_R, mask=real_R, other=0.0) * 1.4426950408889634
+    dq = _zeros(QUERIES * HEADS, K, CHUNK)
+    place = tl.arange(0, COLUMNS)
+
+    low, length, first_R, last_R = _run(first_key_T, last_key_T, t_R, stop)
+    for at in range(0, length, COLUMNS):
+        n = at + place
+        columns = _load(keys_XK + low * K, n, n < length, K, CHUNK)
+        seen = (n[None, :] >= first_R[:, None]) & (n[None, :] <= last_R[:, None])
+        gradients = _gradients_of_rows(q, do, columns, seen, lse_R, inner_R, scale)[1]
+        dq = _add_product(dq, gradients, columns)
+
+    if ENTRIES == "visible":
+        for i in range(QUERIES):
+            low, length, visible_R = _group(first_entry_T, visible_T, t_R, tile, i, stop)
+            for at in range(0, length, COLUMNS):
+                n = at + place
+                columns = _load(entries_CK + low * K, n, n < length, K, CHUNK)
+                seen = n[None, :] < visible_R[:, None]
+                gradients = _gradients_of_rows(q, do, columns, seen, lse_R, inner_R, scale)[1]
+                dq = _add_product(dq, gradients, columns)
+
+    if ENTRIES == "picked":
+        entries_CK += tl.load(first_entry_T + tile) * K
+        picked_TM += tile * M
+        rows_tMBK += (program // blocks * M * blocks + program % blocks) * K
+        length = _picks(picked_TM, M, COLUMNS)
+        number = tl.load(picked_TM + place, mask=place < length, other=-1).to(tl.int32)
+        for at in range(0, length, COLUMNS):
+            picked = number >= 0
+            columns = _load(entries_CK, number, picked, K, CHUNK)
+            n = at + COLUMNS + place
+            number = tl.load(picked_TM + n, mask=n < length, other=-1).to(tl.int32)
+            seen = tl.broadcast_to(picked[None, :], (QUERIES * HEADS, COLUMNS))
+            weights, gradients = _gradients_of_rows(q, do, columns, seen, lse_R, inner_R, scale)
+            dq = _add_product(dq, gradients, columns)
+            for c in tl.static_range(len(q)):
+                row = tl.dot(gradients.T, q[c], input_precision="ieee")
+                row = tl.dot(weights.T, do[c], row, input_precision="ieee")
+                _store(rows_tMBK, (at + place) * blocks, picked, (row,), K, CHUNK, c)
+
+    _store(dq_THK, at_R, real_R, dq, K, CHUNK)
+
+
+@triton.jit(do_not_specialize=["T", "X", "part"])
+def sparse_attention_bwd_columns_kernel(
+    q_THK, do_THK, vectors_XK, lse_TH, inner_TH, first_T, last_T, start_X, stop_X,
+    dvectors_SXK, T, H, X, part, scale,
+    K: tl.constexpr,
+    QUERIES: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one block of columns from queries s part to (s + 1) part - 1, where s is the second program index.
+
+    Query t sees the columns first_T[t] to last_T[t]; column x is seen by none but queries start_X[x] to stop_X[x] - 1.
+    """
+    s = tl.program_id(1).to(tl.int64)
+    x_X = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    columns = _load(vectors_XK, x_X, x_X < X, K, CHUNK)
+    start_X = tl.load(start_X + x_X, mask=x_X < X, other=0)
+    stop_X = tl.load(stop_X + x_X, mask=x_X < X, other=0)
+    empty = start_X >= stop_X
+    start = tl.maximum(tl.min(tl.where(empty, T, start_X)), s * part)
+    stop = tl.minimum(tl.max(tl.where(empty, 0, stop_X)), (s + 1) * part)
+    dvectors = _zeros(COLUMNS, K, CHUNK)
+    blocks = tl.cdiv(H, HEADS)
+    steps = (tl.cdiv(tl.maximum(stop - start, 0), QUERIES) * blocks).to(tl.int32)
+    for step in range(0, steps):
+        t_R, _h_R, at_R, real_R = _rows(start + step // blocks * QUERIES, step % blocks, stop, H, QUERIES, HEADS)
+        q = _load(q_THK, at_R, real_R, K, CHUNK)
+        do = _load(do_THK, at_R, real_R, K, CHUNK)
+        lse_R = tl.load(lse_TH + at_R, mask=real_R, other=0.0) * 1.4426950408889634
+        inner_R = tl.load(inner_TH + at_R, mask=real_R, other=0.0)
+        first_R = tl.load(first_T + t_R, mask=real_R, other=0)
+        last_R = tl.load(last_T + t_R, mask=real_R, other=-1)
+        seen = (x_X[:, None] >= first_R[None, :]) & (x_X[:, None] <= last_R[None, :])
+        products, do_products = _inner_products(columns, q), _inner_products(columns, do)
+        weights, gradients = _score_gradients(
+            products, do_products, seen, lse_R[None, :], inner_R[None, :], scale, columns[0].dtype
+        )
+        dvectors = _add_product(_add_product(dvectors, gradients, q), weights, do)
+    _store(dvectors_SXK + s * X * K, x_X, x_X < X, dvectors, K, CHUNK)
+
+
+@triton.jit
+def sparse_attention_bwd_picks_kernel(
+    rows_PBK, order_P, first_C, dentries_CK,
+    K: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dentries[c] += the rows of the picks of entry c: order[first[c]] to order[first[c + 1] - 1], in this order.
+    A pick has one row for each block of heads."""
+    c = tl.program_id(0).to(tl.int64)
+    first, last = tl.load(first_C + c) * BLOCKS, tl.load(first_C + c + 1) * BLOCKS
+    if first < last:
+        column = tl.arange(0, WIDTH)
+        total = tl.zeros((WIDTH,), tl.float32)
+        for at in range(first, last, ROWS):
+            place = at + tl.arange(0, ROWS)
+            row = tl.load(order_P + place // BLOCKS, mask=place < last, other=0) * BLOCKS + place % BLOCKS
+            real = (place < last)[:, None] & (column < K)[None, :]
+            rows = tl.load(rows_PBK + row[:, None] * K + column[None, :], mask=real, other=0.0)
+            total += tl.sum(rows.to(tl.float32), 0)
+        here = dentries_CK + c * K + column
+        tl.store(here, tl.load(here, mask=column < K) + total, mask=column < K)
+
+
+class Blocks(NamedTuple):
+    """Shape of a program: queries x heads rows against some columns, in chunks of K; its warps and load stages."""
+
+    queries: int
+    heads: int
+    columns: int
+    chunk: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {
+            "QUERIES": self.queries,
+            "HEADS": self.heads,
+            "COLUMNS": self.columns,
+            "CHUNK": self.chunk,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+    def programs(self, queries: int, heads: int) -> int:
+        return triton.cdiv(queries, self.queries) * triton.cdiv(heads, self.heads)
+
+
+# (rows, columns, stages, vectors in shared memory) of a program, best first; the first that fits is taken. Float32
+# products run on the ordinary arithmetic units, which want the smallest.
+FORWARD = ((128, 64, 3, 320), (64, 64, 2, 192), (64, 32, 2, 128), (32, 32, 1, 64), (16, 16, 1, 32))
+BACKWARD_QUERIES = ((64, 64, 2, 256), (64, 64, 1, 192), (32, 32, 1, 96), (16, 32, 1, 64), (16, 16, 1, 48))
+BACKWARD_COLUMNS = ((64, 64, 2, 320), (32, 64, 2, 192), (32, 64, 1, 128), (16, 32, 1, 64), (16, 16, 1, 48))
+SCRATCH_BYTES = 16 * 2**10
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def _chunk(width: int, widest: int) -> int:
+    """Columns of a chunk: a power of two that divides K, or one that covers it with less than a chunk to spare."""
+    divisor = width & -width
+    return min(widest, divisor if divisor >= 16 else max(16, _power_of_two(width)))
+
+
+def _blocks(q_THK: Tensor, shapes: tuple[tuple[int, int, int, int], ...], queries: int, widest: int) -> Blocks:
+    """The shape for these queries, of which a tile may hold at most `queries`. widest: chunk of 16-bit vectors."""
+    _, num_heads, width = q_THK.shape
+    single = q_THK.dtype == torch.float32
+    chunk = _chunk(width, 64 if single else widest)
+    bytes_of_vector = triton.cdiv(width, chunk) * chunk * q_THK.element_size()
+    *larger, smallest = shapes
+    room = shared_bytes(q_THK.device) - SCRATCH_BYTES
+    fitting = [shape for shape in larger if shape[3] * bytes_of_vector <= room and not single]
+    rows, columns, stages, _ = [*fitting, smallest][0]
+    heads = min(_power_of_two(num_heads), rows)
+    queries = min(_power_of_two(queries + 1) // 2, rows // heads)
+    heads = max(heads, 16 // queries)  # a matrix product has at least 16 rows
+    sums = max(rows, columns) * bytes_of_vector // q_THK.element_size()
+    return Blocks(queries, heads, columns, chunk, 8 if sums >= 2**15 else 4, stages)
+
+
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program may take; the interpreter gets small programs."""
+    if device.type != "cuda":
+        return 2**15
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def queries_of_keys(reach: Reach, num_keys: int) -> tuple[Tensor, Tensor]:
+    """The run of queries that see each window key: the first, and the one behind the last; int64 [X]."""
+    x_X = torch.arange(num_keys, device=reach.last_key_T.device)
+    return torch.searchsorted(reach.last_key_T, x_X), torch.searchsorted(reach.first_key_T, x_X, right=True)
+
+
+def queries_of_entries(first_entry_T: Tensor, visible_T: Tensor, num_entries: int) -> tuple[Tensor, Tensor]:
+    """The run of queries that see each entry when all visible ones are seen; as `queries_of_keys`, empty for an entry
+    that none sees.
+
+    Queries with the same first entry form a run, in which ever more entries become visible; the entries of two runs do
+    not overlap. Everything stays on the device, so the arrays by run are as long as there could be runs.
+    """
+    t_T = torch.arange(len(visible_T), device=visible_T.device)
+    c_C = torch.arange(num_entries, device=visible_T.device)
+    run_T = torch.cat([t_T[:1], (first_entry_T.diff() != 0).cumsum(0)])
+    stop_N = torch.searchsorted(run_T, t_T, right=True)
+    seen_N = torch.where(stop_N > torch.searchsorted(run_T, t_T), visible_T[stop_N - 1], 0)
+    first_N = torch.where(seen_N > 0, first_entry_T[stop_N - 1], num_entries)
+    first_N, order_N = torch.sort(first_N, stable=True)
+    run_C = order_N[(torch.searchsorted(first_N, c_C, right=True) - 1).clamp_min(0)]
+    number_C = c_C - first_entry_T[stop_N[run_C] - 1]
+    seen_C = (number_C >= 0) & (number_C < seen_N[run_C])
+    # Run and visible entries in one number that never falls from one query to the next.
+    seen_T, wanted_C = run_T * (num_entries + 1) + visible_T, run_C * (num_entries + 1) + number_C
+    start_C = torch.searchsorted(seen_T, wanted_C, right=True)
+    return start_C, torch.where(seen_C, stop_N[run_C], 0)
+
+
+def picks_of_entries(first_entry_t: Tensor, picked_tM: Tensor, num_entries: int) -> tuple[Tensor, Tensor]:
+    """The inverse of lists of picks: the picks (numbers in [t, M]) sorted by entry and then by query, and [C + 1] where
+    in this order those of each entry begin."""
+    entry_tM = torch.where(picked_tM >= 0, first_entry_t[:, None] + picked_tM, num_entries)
+    # The sort looks at every bit of a number.
+    small = torch.int16 if num_entries < 2**15 else torch.int32
+    entry_P, order_P = torch.sort(entry_tM.flatten().to(small), stable=True)
+    return order_P, torch.searchsorted(entry_P, torch.arange(num_entries + 1, dtype=small, device=entry_P.device))
+
+
+class _Operands(NamedTuple):
+    """What every kernel gets; the tensors are contiguous."""
+
+    q_THK: Tensor
+    keys_XK: Tensor
+    entries_CK: Tensor | None
+    sink_H: Tensor
+    reach: Reach
+    picked_TM: Tensor | None
+
+    @property
+    def entries(self) -> str:
+        """Which entries are seen: "none", "visible" (all that are) or "picked"."""
+        if self.entries_CK is None or not len(self.entries_CK):
+            return "none"
+        if self.picked_TM is None:
+            return "visible"
+        return "picked" if self.num_picks else "none"
+
+    @property
+    def scale(self) -> float:
+        """Between q . k and the score in units of log 2."""
+        return self.q_THK.shape[2] ** -0.5 * LOG2_E
+
+    @property
+    def num_picks(self) -> int:
+        return 0 if self.picked_TM is None else self.picked_TM.shape[1]
+
+    @property
+    def most_queries(self) -> int:
+        """Per tile: one if every query has columns of its own, and not many more than a short sequence has."""
+        return 1 if self.entries == "picked" else max(1, len(self.q_THK) // len(self.reach.lengths))
+
+    @property
+    def runs(self) -> tuple[Tensor | None, ...]:
+        """What each query sees, as the kernels take it."""
+        return self.reach.first_key_T, self.reach.last_key_T, self.reach.first_entry_T, self.reach.visible_T
+
+
+def for_hopper(q_THK: Tensor) -> bool:
+    """Whether the kernels of `hopper.py` run: 16-bit vectors, many wide heads, and a GPU of that generation."""
+    _, num_heads, width = q_THK.shape
+    suits = q_THK.dtype in (torch.bfloat16, torch.float16) and width in (128, 256, 512) and num_heads >= 32
+    return suits and q_THK.is_cuda and torch.cuda.get_device_capability(q_THK.device) == (9, 0)
+
+
+def _forward(x: _Operands) -> tuple[Tensor, Tensor]:
+    num_queries, num_heads, width = x.q_THK.shape
+    o_THK = torch.empty_like(x.q_THK)
+    lse_TH = x.q_THK.new_empty((num_queries, num_heads), dtype=torch.float32)
+    vectors = x.q_THK, x.keys_XK, x.entries_CK, x.picked_TM, x.sink_H
+    rest = *x.runs, o_THK, lse_TH
+    if for_hopper(x.q_THK):
+        from leadline.ops.sparse_attention import hopper
+
+        grid = (num_queries * triton.cdiv(num_heads, hopper.ROWS),)
+        hopper.sparse_attention_fwd_hopper_kernel[grid](
+            *vectors, *rest, num_heads, x.num_picks, x.scale, K=width, ENTRIES=x.entries, num_warps=hopper.NUM_WARPS
+        )
+    else:
+        blocks = _blocks(x.q_THK, FORWARD, x.most_queries, widest=512)
+        sparse_attention_fwd_kernel[(blocks.programs(num_queries, num_heads),)](
+            *vectors, *rest, num_queries, num_heads, x.num_picks, x.scale, K=width, ENTRIES=x.entries, **blocks.options
+        )
+    return o_THK, lse_TH
+
+
+def _backward_queries(
+    x: _Operands, o_THK: Tensor, lse_TH: Tensor, do_THK: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dq, inner = do . o, and of picked entries the gradients, FP32 [C, K]."""
+    num_queries, num_heads, width = x.q_THK.shape
+    dq_THK, inner_TH = torch.empty_like(x.q_THK), torch.empty_like(lse_TH)
+    blocks = None
+    if not for_hopper(x.q_THK):
+        blocks = _blocks(x.q_THK, BACKWARD_QUERIES, x.most_queries, widest=128 if x.entries == "picked" else 512)
+    head_blocks = triton.cdiv(num_heads, 64 if blocks is None else blocks.heads)
+    dentries_CK = rows_tMBK = None
+    chunk = num_queries
+    if x.entries == "picked":
+        assert x.entries_CK is not None
+        dentries_CK = torch.zeros_like(x.entries_CK, dtype=torch.float32)
+        row_bytes = x.num_picks * width * x.q_THK.element_size()
+        chunk = max(1, min(num_queries, WORKSPACE_BYTES // (head_blocks * row_bytes)))
+        rows_tMBK = x.q_THK.new_empty((chunk, x.num_picks, head_blocks, width))
+    operands = (
+        x.q_THK,
+        do_THK,
+        o_THK,
+        x.keys_XK,
+        x.entries_CK,
+        x.picked_TM,
+        *x.runs,
+        lse_TH,
+        dq_THK,
+        inner_TH,
+        rows_tMBK,
+    )
+    for start in range(0, num_queries, chunk):
+        stop = min(start + chunk, num_queries)
+        if blocks is None:
+            from leadline.ops.sparse_attention import hopper
+
+            hopper.sparse_attention_bwd_queries_hopper_kernel[((stop - start) * head_blocks,)](
+                *operands, start, num_heads, x.num_picks, x.scale,
+                K=width, ENTRIES=x.entries, num_warps=hopper.NUM_WARPS,
+            )  # fmt: skip
+        else:
+            sparse_attention_bwd_queries_kernel[(blocks.programs(stop - start, num_heads),)](
+                *operands, start, stop, num_heads, x.num_picks, x.scale,
+                K=width, ENTRIES=x.entries, **blocks.options,
+            )  # fmt: skip
+        if dentries_CK is not None and rows_tMBK is not None:
+            _add_picks(dentries_CK, rows_tMBK, x, start, stop)
+    return dq_THK, inner_TH, dentries_CK
+
+
+def _add_picks(dentries_CK: Tensor, rows_tMBK: Tensor, x: _Operands, start: int, stop: int) -> None:
+    """Add to the gradients of the entries what the queries from start to stop - 1 have left in `rows`."""
+    assert x.picked_TM is not None
+    assert x.reach.first_entry_T is not None
+    num_entries, width = dentries_CK.shape
+    order_P, first_C = picks_of_entries(x.reach.first_entry_T[start:stop], x.picked_TM[start:stop], num_entries)
+    sparse_attention_bwd_picks_kernel[(num_entries,)](
+        rows_tMBK, order_P, first_C, dentries_CK,
+        K=width, BLOCKS=rows_tMBK.shape[2], WIDTH=_power_of_two(width), ROWS=16, num_warps=4,
+    )  # fmt: skip
+
+
+def _backward_columns(
+    x: _Operands, do_THK: Tensor, lse_TH: Tensor, inner_TH: Tensor,
+    vectors_XK: Tensor, runs: tuple[Tensor, Tensor], queries: tuple[Tensor, Tensor],
+) -> Tensor:  # fmt: skip
+    """Gradient of the window keys or of the entries, in their dtype. runs: first and last row that each query sees.
+    queries: first query that sees each row, and the one behind the last."""
+    num_queries, num_heads, width = x.q_THK.shape
+    num_columns = len(vectors_XK)
+    blocks = None if for_hopper(x.q_THK) else _blocks(x.q_THK, BACKWARD_COLUMNS, num_queries, widest=512)
+    programs = triton.cdiv(num_columns, 64 if blocks is None else blocks.columns)
+    parts = 1 if vectors_XK is x.keys_XK else _parts(x, programs)
+    dtype = vectors_XK.dtype if parts == 1 else torch.float32
+    dvectors_SXK = vectors_XK.new_empty((parts, num_columns, width), dtype=dtype)
+    operands = x.q_THK, do_THK, vectors_XK, lse_TH, inner_TH, *runs, *queries, dvectors_SXK
+    sizes = num_queries, num_heads, num_columns, triton.cdiv(num_queries, parts), x.scale
+    if blocks is None:
+        from leadline.ops.sparse_attention import hopper
+
+        hopper.sparse_attention_bwd_columns_hopper_kernel[(programs, parts)](
+            *operands, *sizes, K=width, num_warps=hopper.NUM_WARPS
+        )
+    else:
+        sparse_attention_bwd_columns_kernel[(programs, parts)](*operands, *sizes, K=width, **blocks.options)
+    return dvectors_SXK[0] if parts == 1 else dvectors_SXK.sum(0).to(vectors_XK.dtype)
+
+
+def _parts(x: _Operands, programs: int) -> int:
+    """Into how many parts the queries that see entries are cut: HCA has few entries, and each is seen by almost all
+    queries, so that one program a block of entries would leave most of the device idle."""
+    wanted = 2 * multiprocessors(x.q_THK.device) // programs
+    return max(1, min(wanted, triton.cdiv(len(x.q_THK), 64)))
+
+
+class SparseAttentionKernel(torch.autograd.Function):
+    """The operation of `reference.SparseAttention`, for vectors of 16 or 32 bits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_THK: Tensor,
+        keys_XK: Tensor,
+        entries_CK: Tensor | None,
+        sink_H: Tensor,
+        reach: Reach,
+        picked_TM: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        x = _Operands(
+            q_THK.contiguous(),
+            keys_XK.contiguous(),
+            None if entries_CK is None else entries_CK.contiguous(),
+            sink_H.contiguous(),
+            reach,
+            None if picked_TM is None else picked_TM.contiguous(),
+        )
+        o_THK, lse_TH = _forward(x)
+        ctx.save_for_backward(*x[:4], x.picked_TM, o_THK, lse_TH)
+        ctx.reach = reach
+        ctx.mark_non_differentiable(lse_TH)
+        return o_THK, lse_TH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do_THK: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
+        q_THK, keys_XK, entries_CK, sink_H, picked_TM, o_THK, lse_TH = ctx.saved_tensors
+        reach: Reach = ctx.reach
+        x = _Operands(q_THK, keys_XK, entries_CK, sink_H, reach, picked_TM)
+        do_THK = do_THK.contiguous()
+        dq_THK, inner_TH, dpicked_CK = _backward_queries(x, o_THK, lse_TH, do_THK)
+        dsink_H = -(torch.exp(sink_H - lse_TH) * inner_TH).sum(0)
+        rows = x, do_THK, lse_TH, inner_TH
+        window = reach.first_key_T, reach.last_key_T
+        dkeys_XK = _backward_columns(*rows, keys_XK, window, queries_of_keys(reach, len(keys_XK)))
+        dentries_CK = None if entries_CK is None else torch.zeros_like(entries_CK)
+        if dpicked_CK is not None:
+            dentries_CK = dpicked_CK.to(q_THK.dtype)
+        elif x.entries == "visible":
+            assert reach.first_entry_T is not None
+            assert reach.visible_T is not None
+            seen = reach.first_entry_T, reach.first_entry_T + reach.visible_T - 1
+            queries = queries_of_entries(reach.first_entry_T, reach.visible_T, len(entries_CK))
+            dentries_CK = _backward_columns(*rows, entries_CK, seen, queries)
+        return dq_THK, dkeys_XK, dentries_CK, dsink_H, None, None
