@@ -38,7 +38,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SLICE = 4096  # values of a token's streams that one program of the projection multiplies
+SLICE = 2048  # values of a token's streams that one program of the projection multiplies
 TOKENS_PER_SUM = 2048  # tokens in one partial sum of the gradient of fn
 BLOCK_D = 1024
 
@@ -491,7 +491,7 @@ def mix_in_forward(
     post_TS = torch.empty(num_tokens, num_streams, device=device)
     comb_TSS = torch.empty(num_tokens, num_streams, num_streams, device=device)
     mixes, inverse_rms_T = torch.empty(num_tokens, rows, device=device), torch.empty(num_tokens, device=device)
-    block_tokens, span = 2, _span(num_tokens, width)
+    block_tokens, span = 4, _span(num_tokens, width)
     hyper_connection_in_fwd_kernel[(triton.cdiv(num_tokens, block_tokens), triton.cdiv(width, span))](
         x_TSD, partial, base, scale, y_TD, post_TS, comb_TSS, mixes, inverse_rms_T, num_tokens, eps, rms_eps, rounds,
         num_streams, width, slices, block_rows, block_tokens, triton.next_power_of_2(num_streams),

@@ -244,11 +244,11 @@ def _inner(do_THK, o_THK, heads, K: gl.constexpr):
 @gluon.jit
 def _gradients(products, seen, lse, inner, scale):
     """From q . k and do . k, interleaved, [64, 2 n]: the gradients of the scores times K^-0.5, [64, n], and these
-    and the probabilities interleaved, [64, 2 n]. Zero where nothing is seen, whatever stands there."""
+    and the probabilities interleaved, [64, 2 n]."""
     n: gl.constexpr = products.shape[1] // 2
     scores, do_products = gl.split(products.reshape([64, n, 2]))
     weights = gl.where(seen[:, None], gl.exp2(scores * scale - lse[None, :]), 0.0)
-    gradients = gl.where(seen[:, None], weights * (do_products - inner[None, :]) * (scale * LN_2), 0.0)
+    gradients = weights * (do_products - inner[None, :]) * (scale * LN_2)
     return gradients, gl.join(gradients, weights).reshape([64, 2 * n])
 
 
