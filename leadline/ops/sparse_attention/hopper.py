@@ -32,6 +32,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # as Triton 3.6 calls it
+
 LN_2 = gl.constexpr(0.6931471805599453)
 LOG2_E = gl.constexpr(1.4426950408889634)
 ROWS = 64  # of a program: heads, or columns
@@ -116,7 +118,7 @@ def _thread_sums(x):
 def _row_max(x, exchange):
     """The maximum of each row of PRODUCT_64. exchange: shared memory [64, 2]."""
     exchange.store(gl.max(gl.max(gl.max(_by_thread(x), 4), 2), 2))
-    gl.thread_barrier()
+    barrier()
     return gl.convert_layout(gl.max(exchange.load(BOTH_GROUPS), 1), gl.SliceLayout(1, PRODUCT_64), assert_trivial=True)
 
 
@@ -168,7 +170,7 @@ def sparse_attention_fwd_hopper_kernel(
         here = columns.index(step % 2)
         o = warpgroup_mma_wait(0, [o_flying])
         async_copy.wait_group(0)
-        gl.thread_barrier()
+        barrier()
         fence_async_shared()
         # The first half of the product keeps the matrix units busy while the copies are issued.
         scores = warpgroup_mma(
@@ -194,7 +196,7 @@ def sparse_attention_fwd_hopper_kernel(
         sums = sums * gl.convert_layout(shrink, SUMS_ROWS)[:, None, None] + _thread_sums(probabilities)
         o = o * gl.convert_layout(shrink, gl.SliceLayout(1, SUM))[:, None]
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         o_flying = warpgroup_mma(weights, here, o, is_async=True)
     o = warpgroup_mma_wait(0, [o_flying])
 
@@ -209,9 +211,9 @@ def sparse_attention_fwd_hopper_kernel(
     gl.store(lse_TH + t * H + h, top + gl.log(gl.exp(log - top) + gl.exp(sink - top)), mask=h < H)
     o = o * gl.convert_layout(factor, gl.SliceLayout(1, SUM))[:, None]
     async_copy.wait_group(0)
-    gl.thread_barrier()
+    barrier()
     columns.index(0).store(o.to(dtype))
-    gl.thread_barrier()
+    barrier()
     _store(o_THK + (t * H + head) * K, place, head + place < H, columns.index(0), K)
 
 
@@ -256,14 +258,14 @@ def _gradients(products, seen, lse, inner, scale):
 def _weigh(columns, tile, pairs, passing, seen, lse, inner, scale):
     """One step of `bwd_queries` up to dq: `passing` becomes g^T, `pairs` g and w interleaved, both [columns, rows]."""
     async_copy.wait_group(0)
-    gl.thread_barrier()
+    barrier()
     fence_async_shared()
     products = warpgroup_mma(columns, tile.permute([1, 0]), gl.zeros([64, 128], gl.float32, PRODUCT_128), use_acc=False)
     gradients, both = _gradients(products, seen, lse, inner, scale)
     pairs.store(both.to(pairs.dtype))
     passing.store(gradients.to(passing.dtype))
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
 
 
 @gluon.jit
@@ -338,7 +340,7 @@ def sparse_attention_bwd_queries_hopper_kernel(
             dq = warpgroup_mma_wait(1, [dq_flying])
         else:
             dq = warpgroup_mma_wait(0, [dq_flying])
-        gl.thread_barrier()
+        barrier()
         _copy(columns, vectors, rows, rows >= 0, K)
         vectors, rows = _next_rows(step + 2, keys_XK, window, entries_CK, length, picked_TM, place, ENTRIES)
         if ENTRIES == "picked":
@@ -352,16 +354,16 @@ def sparse_attention_bwd_queries_hopper_kernel(
                     if c + 1 < K // 128:
                         flying = _piece(pairs, tile, c + 1)
                     passing.store(piece.to(dtype))
-                    gl.thread_barrier()
+                    barrier()
                     gl.store(here + c * 128, passing.load(OUT), mask=real[:, None])
-                    gl.thread_barrier()
+                    barrier()
                     if c + 1 < K // 128:
                         piece = warpgroup_mma_wait(0, [flying])
 
     async_copy.wait_group(0)
-    gl.thread_barrier()
+    barrier()
     columns.store(dq.to(dtype))
-    gl.thread_barrier()
+    barrier()
     _store(dq_THK + first * K, place, place < heads, columns, K)
 
 
@@ -405,7 +407,7 @@ def sparse_attention_bwd_columns_hopper_kernel(
         here = tiles.index(step % 2)
         sums = warpgroup_mma_wait(0, [sums_flying])
         async_copy.wait_group(0)
-        gl.thread_barrier()
+        barrier()
         fence_async_shared()
         products = warpgroup_mma(
             columns.slice(0, K // 2, 1), here.slice(0, K // 2, 1).permute([1, 0]),
@@ -429,7 +431,7 @@ def sparse_attention_bwd_columns_hopper_kernel(
         both = _gradients(products, seen, lse, inner, scale)[1]
         pairs.store(both.to(dtype))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         sums_flying = warpgroup_mma(pairs, here, sums, is_async=True)
     sums = warpgroup_mma_wait(0, [sums_flying])
     async_copy.wait_group(0)
