@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from leadline import __version__
-from leadline.cli import UsageError, find
+from leadline.cli import INTERRUPTED_STATUS, UsageError, find
 
 VERBS = {
     "demo": "leadline.recipes.demo",
@@ -26,7 +26,6 @@ VERBS = {
 
 HELP_WORDS = ("-h", "--help", "help")
 USAGE_STATUS = 2
-INTERRUPTED_STATUS = 130  # 128 + SIGINT, as a shell reports it
 
 
 def docstring(module: str) -> str:

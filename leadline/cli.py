@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 Config = TypeVar("Config")
 Value = TypeVar("Value")
 
+INTERRUPTED_STATUS = 130  # 128 + SIGINT, as a shell reports it
+
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _BINARY_SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 

@@ -111,7 +111,8 @@ class Attention(nn.Module):
         reach = index.reach(CSA_RATIO)
         q_THK, entries_CK = q_THK.detach(), entries_CK.detach()
         kl_T = indexer_loss(*operands, q_THK, entries_CK, lse_TH, reach, None if training.dense else picked_TM)
-        sees_T = reach.visible_T > 0 if reach.visible_T is not None else torch.zeros_like(kl_T, dtype=torch.bool)
+        assert reach.visible_T is not None
+        sees_T = reach.visible_T > 0
         step = max(1, len(q_THK) // max(training.recall_queries, 1))
         queries = torch.arange(step - 1, len(q_THK), step, device=q_THK.device)[: training.recall_queries]
         recall = indexer_recall(q_THK, entries_CK, lse_TH, reach, picked_TM, training.dense, queries)

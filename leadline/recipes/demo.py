@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from leadline.cli import resolve, show
+from leadline.cli import INTERRUPTED_STATUS, resolve, show
 from leadline.data.loader import single_pass
 from leadline.data.shards import Shards
 from leadline.engine.generate import Sampling, generate
@@ -36,7 +36,6 @@ from leadline.weights.load import load_checkpoint
 NUM_SAMPLES = 4
 PROMPT_TOKENS = 128
 CONTINUATION_TOKENS = 128
-INTERRUPTED_STATUS = 130
 
 
 def main(arguments: list[str]) -> int:

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from leadline.cli import UsageError, find, resolve, show
+from leadline.cli import INTERRUPTED_STATUS, UsageError, find, resolve, show
 from leadline.model.accounting import parameters_active, parameters_total
 from leadline.recipes.nano import nano
 from leadline.train.pretrain import pretrain
 
 RECIPES = {"nano": nano}
-
-INTERRUPTED_STATUS = 130
 
 
 def main(arguments: list[str]) -> int:

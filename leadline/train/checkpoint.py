@@ -8,13 +8,14 @@ move, so a run killed while writing keeps the file before. (A checkpoint for oth
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from leadline.train.atomic import replacing
 
 _VERSION = 1
 
@@ -40,15 +41,8 @@ def save_training(
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "generator": torch.get_rng_state(),
     }
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        torch.save(content, file)
 
 
 def load_training(

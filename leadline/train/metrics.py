@@ -7,7 +7,6 @@ the checkpoint it starts from, so the file reads as if the run had never stopped
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +26,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from leadline.train.atomic import write_text
+
 
 class MetricsFile:
     """Append-only JSON lines; each line has a "step"."""
@@ -35,9 +36,7 @@ class MetricsFile:
         """Continue the file after `keep_to_step` (0: start anew)."""
         self.path = path
         kept = [line for line in read_metrics(path) if line["step"] <= keep_to_step] if path.exists() else []
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(_line(row) for row in kept), encoding="utf8")
-        os.replace(temporary, path)
+        write_text(path, "".join(_line(row) for row in kept))
         self._file = open(path, "a", encoding="utf8")  # noqa: SIM115 - closed by close()
 
     def write(self, row: dict[str, Any]) -> None:

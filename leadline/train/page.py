@@ -8,10 +8,8 @@ script.
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 _CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
@@ -127,13 +125,3 @@ def document(title: str, body: str, footer: str) -> str:
 </body>
 </html>
 """
-
-
-def write_atomically(path: Path, content: str) -> None:
-    """Replace a file at once; an interruption leaves the old one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

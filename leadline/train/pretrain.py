@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
 import statistics
 import time
@@ -39,6 +38,7 @@ from leadline.model.transformer import Transformer
 from leadline.optim.groups import build_optimizers
 from leadline.optim.schedule import lr_at, mtp_weight_at
 from leadline.text.tokenizer import Tokenizer
+from leadline.train.atomic import write_text
 from leadline.train.checkpoint import load_training, save_training
 from leadline.train.evaluate import bits_per_byte
 from leadline.train.losses import LossWeights
@@ -132,7 +132,6 @@ def pretrain(run: Run, console: Console) -> Trained:
         config = run.model.replace(vocab_size=tokenizer.vocab_size)
 
         model = Transformer(config)
-        initialize(model, run.seed, token_frequencies(train_shards, config.vocab_size))
         optimizers = build_optimizers(model.named_parameters(), config, run.peak_lr)
         loader = Loader(train_shards, tokenizer, run.tokens_per_segment, seed=run.seed)
 
@@ -143,6 +142,8 @@ def pretrain(run: Run, console: Console) -> Trained:
             loader.load_state_dict(progress["loader"])
             clock = Clock(**progress["clock"])
             display.say(f"continuing {run.out} after step {clock.step}")
+        else:
+            initialize(model, run.seed, token_frequencies(train_shards, config.vocab_size))
         metrics = MetricsFile(run.out / "metrics.jsonl", keep_to_step=clock.step)
 
         def save() -> None:
@@ -216,10 +217,10 @@ def prepare_text(run: Run, display: RunDisplay) -> tuple[Tokenizer, Shards, Shar
     display.say(f"text: {source}, {len(training):,} documents, {size / 1e6:.1f} MB; {len(heldout):,} held out")
 
     folder = run.out / "tokenizer"
-    sample = list(sample_texts(training, run.tokenizer_bytes))
     if (folder / "tokenizer.json").exists():
         tokenizer = Tokenizer.load(folder)
     else:
+        sample = list(sample_texts(training, run.tokenizer_bytes))
         task = display.task("tokenizer", len(sample))
         tokenizer = Tokenizer.train(sample, run.model.vocab_size, lambda done, total: display.update(task, done, total))
         tokenizer.save(folder)
@@ -260,7 +261,6 @@ class Clock:
     tokens: int = 0
     seconds: float = 0.0
     step_seconds: list[float] = field(default_factory=list)
-    evaluation_seconds: float = 0.0
     heldout_bpb: float | None = None
 
     MEASURED_STEPS = 12
@@ -284,7 +284,6 @@ class Clock:
 
     def evaluated(self, seconds: float, heldout_bpb: float) -> None:
         self.seconds += seconds
-        self.evaluation_seconds += seconds
         self.heldout_bpb = heldout_bpb
 
 
@@ -369,9 +368,7 @@ def export(
         "heldout_tokens": heldout.num_tokens,
         "threads": torch.get_num_threads(),
     }
-    temporary = run.out / ".summary.json.tmp"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf8")
-    os.replace(temporary, run.out / "summary.json")
+    write_text(run.out / "summary.json", json.dumps(summary, indent=2) + "\n")
     display.say(
         f"trained: {clock.step} steps, {clock.tokens:,} tokens, {summary['heldout_bpb']:.3f} bits per byte held out"
     )

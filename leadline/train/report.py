@@ -22,6 +22,7 @@ from leadline import __version__
 from leadline.model import accounting, v32
 from leadline.model.config import FLASH, PRO, ModelConfig
 from leadline.train import page, pictures
+from leadline.train.atomic import write_text
 from leadline.train.gain import Curve, ResidualGain, gain_under_drift
 from leadline.train.metrics import read_metrics
 from leadline.train.pictures import Row, bytes_label, column, context_label, first_sparse_step
@@ -83,7 +84,7 @@ def write_report(
     body += "".join(page.section(heading, *parts) for heading, parts in sections.items()) + "</main>"
     footer = f"leadline {__version__}. This page is one file and loads nothing."
     path = folder / "report.html"
-    page.write_atomically(path, page.document(title, body, footer))
+    write_text(path, page.document(title, body, footer))
     return path
 
 
