@@ -36,16 +36,10 @@ from rich.table import Table
 
 from leadline import cli
 from leadline.ops.dispatch import triton_installed
-from leadline.recipes.bench_ops import (
-    CASES,
-    Case,
-    Ceilings,
-    Cost,
-    gate,
-    measure_ceilings,
-    time_backward,
-    time_forward,
-)
+from leadline.recipes.bench_ops import CASES
+from leadline.recipes.bench_ops.case import Case, Cost
+from leadline.recipes.bench_ops.clock import Ceilings, measure_ceilings, time_backward, time_forward
+from leadline.recipes.bench_ops.gate import gate
 
 
 class BenchError(ValueError):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from leadline.ops.reach import Reach
-from leadline.recipes.bench_ops import differences
+from leadline.recipes.bench_ops.gate import differences
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +119,7 @@ def _look_back() -> Callable[..., LookingBack]:
 
 def against_reference(op: Callable[..., Any], inputs: Sequence[Tensor | None], tolerance: float) -> None:
     """op(*inputs) and its gradients, as a kernel and as the reference in float64, differ by at most `tolerance`, and
-    two runs of the kernel not at all: `leadline.recipes.bench_ops.differences`, the gate of the benchmark."""
+    two runs of the kernel not at all: `leadline.recipes.bench_ops.gate.differences`, the gate of the benchmark."""
     found = differences(op, inputs)
     assert all(difference.relative <= tolerance for difference in found), found  # NaN is above every tolerance
 

@@ -17,7 +17,10 @@ from leadline.cli import UsageError
 from leadline.ops.dispatch import use_kernel
 from leadline.recipes import bench
 from leadline.recipes.bench import BenchError, Options, Result, Run
-from leadline.recipes.bench_ops import CASES, Case, Ceilings, Cost, gate
+from leadline.recipes.bench_ops import CASES
+from leadline.recipes.bench_ops.case import Case, Cost
+from leadline.recipes.bench_ops.clock import Ceilings
+from leadline.recipes.bench_ops.gate import difference, double, gate, results
 
 CPU = torch.device("cpu")
 RUN = Run("NVIDIA H100 80GB HBM3", "2026-01-01T00:00:00+00:00", "0123abc", {"torch": "2"}, Ceilings(2e12, 8e14))
@@ -84,14 +87,12 @@ def test_the_gate_names_the_worst_difference() -> None:
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: f"{CASES[index].op}-{index}")
 def test_every_case_makes_inputs_that_its_op_takes(index: int) -> None:
     """The reference with the dtypes of the card: the gate's tolerances leave room for rounding."""
-    from leadline.recipes import bench_ops
-
     chosen = CASES[index]
     inputs = (chosen.gate_inputs or chosen.inputs)(2, CPU)
-    rounded = bench_ops._results(chosen.run, inputs, "reference", ())
-    exact = bench_ops._results(chosen.run, [bench_ops._double(x) for x in inputs], "reference", rounded)
+    rounded = results(chosen.run, inputs, "reference", ())
+    exact = results(chosen.run, [double(x) for x in inputs], "reference", rounded)
     for ours, wanted in zip(rounded, exact, strict=True):
-        assert chosen.accepts(bench_ops._difference(ours, ours, wanted))
+        assert chosen.accepts(difference(ours, ours, wanted))
 
 
 @pytest.mark.gpu

@@ -1,0 +1,14 @@
+"""What `leadline bench ops` measures: each op at the width of V4-Flash, its gate, and what it must cost at least."""
+
+from __future__ import annotations
+
+from leadline.recipes.bench_ops import attention, gated_pool, hyper_connection, pointwise, products
+from leadline.recipes.bench_ops.case import Case
+
+CASES: tuple[Case, ...] = (
+    *attention.CASES,
+    *pointwise.CASES,
+    *hyper_connection.CASES,
+    *gated_pool.CASES,
+    *products.CASES,
+)
