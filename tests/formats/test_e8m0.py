@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from leadline.formats import e8m0
 from leadline.formats.e8m0 import block_scale, ceil_power_of_two
 
 POSITIVE_NORMALS = st.floats(min_value=2.0**-126, max_value=2.0**127, width=32)
@@ -60,3 +61,40 @@ def test_zero_blocks_get_the_scale_of_the_floor() -> None:
     zero = torch.zeros(3)
     assert torch.equal(block_scale(zero, 448.0, 1e-4), block_scale(zero + 1e-4, 448.0, 1e-4))
     assert block_scale(zero, 6.0, 6.0 * 2.0**-126).tolist() == [2.0**-126] * 3
+
+
+def test_every_code_equals_torchs() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    scales = e8m0.decode(codes)
+    assert torch.equal(scales[:255].double(), 2.0 ** (torch.arange(255).double() - 127))
+    assert scales[255].isnan()
+    as_torch = codes.view(torch.float8_e8m0fnu)
+    assert torch.equal(scales[1:255], as_torch.float()[1:255])
+    assert torch.equal(e8m0.decode(as_torch)[:255], scales[:255])
+    assert torch.equal(e8m0.encode(scales), codes)
+    # torch's own cast, where it takes float32 subnormals too
+    assert torch.equal(scales[:255].to(torch.float8_e8m0fnu).view(torch.uint8), codes[:255])
+
+
+@pytest.mark.parametrize("wrong", [0.0, -0.0, -1.0, 3.0, 2.0**-128, math.inf, -math.inf, math.nan, 1.0000001])
+def test_what_is_no_power_of_two_becomes_nan(wrong: float) -> None:
+    assert e8m0.encode(torch.tensor([wrong, 1.0])).tolist() == [255, 127]
+
+
+def test_scales_of_files() -> None:
+    scale = torch.tensor([0.3, 2.0])
+    assert e8m0.to_float32(scale) is scale, "files of the base models hold any float32"
+    assert e8m0.to_float32(torch.tensor([127, 128], dtype=torch.uint8)).tolist() == [1.0, 2.0]
+    assert e8m0.to_float32(scale.round().clamp_min(1).to(torch.float8_e8m0fnu)).tolist() == [1.0, 2.0]
+    for dtype in (torch.bfloat16, torch.int8):
+        with pytest.raises(ValueError, match=f"float32 or E8M0, got {dtype}"):
+            e8m0.to_float32(torch.ones(2).to(dtype))
+    with pytest.raises(ValueError, match="float32"):
+        e8m0.encode(torch.ones(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("broken", [math.inf, math.nan])
+def test_a_broken_block_has_the_scale_nan(broken: float) -> None:
+    found = block_scale(torch.tensor([broken, 448.0]), 448.0, 1e-4)
+    assert found[0].isnan()
+    assert found[1] == 1
