@@ -81,14 +81,14 @@ def dequantize(packed: Tensor, scale: Tensor) -> Tensor:
             f"packed codes {list(packed.shape)} do not fit scales {list(scale.shape)}: one for each block of "
             f"a row of {width} values is needed"
         )
-    values = decode(unpack(packed)).unflatten(-1, (blocks, width // max(blocks, 1)))
+    values = decode(unpack(packed)).reshape(*scale.shape, width // max(blocks, 1))
     return (values * e8m0.to_float32(scale).unsqueeze(-1)).flatten(-2)
 
 
 def fake_quantize(x: Tensor, block: int = BLOCK) -> Tensor:
     """Round the last axis (a multiple of `block`) to E2M1 with power-of-two scales; same shape and dtype back."""
     values, scale = _round(x, block)
-    return (values.unflatten(-1, (-1, block)) * scale.unsqueeze(-1)).flatten(-2).to(x.dtype)
+    return (values.reshape(*scale.shape, block) * scale.unsqueeze(-1)).flatten(-2).to(x.dtype)
 
 
 def fp8_scale(packed_ON: Tensor, scale: Tensor, name: str = "weight") -> Tensor:
@@ -107,7 +107,7 @@ def fp8_scale(packed_ON: Tensor, scale: Tensor, name: str = "weight") -> Tensor:
     exponents = e8m0.encode(e8m0.to_float32(scale)).to(torch.int16)
     if (exponents == e8m0.NAN_CODE).any():
         raise ValueError(f"{name}: a scale is NaN or no power of two; the file is damaged")
-    used = (packed_ON.view(torch.uint8) & 0x77).unflatten(-1, (-1, BLOCK // 2)).amax(-1) > 0
+    used = (packed_ON.view(torch.uint8) & 0x77).reshape(*scale.shape, BLOCK // 2).amax(-1) > 0
     largest = _block_amax(torch.where(used, exponents, 0))
     smallest = e8m0.NAN_CODE - _block_amax(torch.where(used, e8m0.NAN_CODE - exponents, 0))
     spread = (largest - smallest).clamp_min(0)
@@ -143,7 +143,7 @@ def _round(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 def _block_amax(x_OB: Tensor) -> Tensor:
     """Maximum of non-negative [..., O, N / 32] over the 128 rows and 4 columns of each block of 128 x 128."""
-    per_block = fp8.WEIGHT_BLOCK // BLOCK
-    missing = (0, -x_OB.shape[-1] % per_block, 0, -x_OB.shape[-2] % fp8.WEIGHT_BLOCK)
-    padded = torch.nn.functional.pad(x_OB, missing)
-    return padded.unflatten(-1, (-1, per_block)).unflatten(-3, (-1, fp8.WEIGHT_BLOCK)).amax((-3, -1))
+    rows, groups = fp8.WEIGHT_BLOCK, fp8.WEIGHT_BLOCK // BLOCK
+    padded = torch.nn.functional.pad(x_OB, (0, -x_OB.shape[-1] % groups, 0, -x_OB.shape[-2] % rows))
+    *stack, height, width = padded.shape
+    return padded.reshape(*stack, height // rows, rows, width // groups, groups).amax((-3, -1))
