@@ -40,7 +40,8 @@ def round_to_e2m1(x: Tensor) -> Tensor:
 def encode(values: Tensor) -> Tensor:
     """Codes 0..15, uint8, of E2M1 values in float32."""
     magnitudes = torch.tensor(MAGNITUDES, device=values.device)
-    codes = torch.bucketize(values.abs(), magnitudes, out_int32=True).clamp_max(7)  # NaN must stay a nibble too
+    codes = torch.bucketize(values.abs().contiguous(), magnitudes, out_int32=True)
+    codes = codes.clamp_max(7)  # NaN must stay a nibble too
     return (codes + 8 * values.signbit()).to(torch.uint8)
 
 
@@ -67,10 +68,10 @@ def quantize(x: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     """Packed codes, uint8 [..., N / 2], and scales, float32 [..., N / block], of x [..., N].
 
     N is even and a multiple of `block`. Power-of-two scales, round to nearest even. A block with an infinity or NaN
-    gets the scale NaN.
+    gets the scale NaN. Contiguous.
     """
     values, scale = _round(x, block)
-    return pack(encode(values)), scale
+    return pack(encode(values)).contiguous(), scale.contiguous()
 
 
 def dequantize(packed: Tensor, scale: Tensor) -> Tensor:

@@ -24,11 +24,11 @@ def quantize(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Codes, float8_e4m3fn in the shape of x, and scales, float32 [..., ceil(N / block)], of x [..., N].
 
     Blocks of `block` values along the last axis, the last one shorter when N is no multiple. Power-of-two scales, round
-    to nearest even. A block with an infinity or NaN gets the scale NaN.
+    to nearest even. A block with an infinity or NaN gets the scale NaN. Contiguous.
     """
     blocks = _split(x.float(), block)
     scale = e8m0.block_scale(blocks.abs().amax(-1, keepdim=True), LARGEST, AMAX_FLOOR)
-    return _join(_round(blocks, scale), x.shape[-1]), scale.squeeze(-1)
+    return _join(_round(blocks, scale), x.shape[-1]).contiguous(), scale.squeeze(-1).contiguous()
 
 
 def dequantize(codes: Tensor, scale: Tensor, block: int) -> Tensor:
@@ -41,11 +41,11 @@ def dequantize(codes: Tensor, scale: Tensor, block: int) -> Tensor:
 def quantize_weight(w_ON: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales, float32 [..., ceil(O / 128), ceil(N / 128)], of a weight or a stack of them, [..., O, N].
 
-    As `quantize`, in blocks of 128 x 128; blocks at the edges are smaller.
+    As `quantize`, in blocks of 128 x 128; blocks at the edges are smaller. Contiguous.
     """
     blocks = _tiles(w_ON.float())
     scale = e8m0.block_scale(blocks.abs().amax((-3, -1), keepdim=True), LARGEST, AMAX_FLOOR)
-    return _untile(_round(blocks, scale), w_ON.shape), scale.squeeze((-3, -1))
+    return _untile(_round(blocks, scale), w_ON.shape).contiguous(), scale.squeeze((-3, -1)).contiguous()
 
 
 def dequantize_weight(codes_ON: Tensor, scale: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from leadline.model.cache_format import CacheFormat
 from leadline.model.compressor import Compressor
 from leadline.model.config import CSA_RATIO, ModelConfig
 from leadline.model.indexer import Indexer, IndexOperands
-from leadline.model.linear import Linear, Norm
+from leadline.model.linear import GroupedOutput, Linear, Norm
 from leadline.model.segment import SegmentIndex
 from leadline.model.signals import IndexerSignals, Training
 from leadline.model.state import LayerState
@@ -48,7 +48,7 @@ class Attention(nn.Module):
         self.wq_b = Linear(config.q_lora_rank, self.heads * self.width)
         self.wkv = Linear(config.hidden_size, self.width)
         self.kv_norm = Norm(self.width)
-        self.wo_a = Linear(self.heads * self.width // self.groups, self.groups * config.o_lora_rank)
+        self.wo_a = GroupedOutput(self.groups, self.heads * self.width // self.groups, config.o_lora_rank)
         self.wo_b = Linear(self.groups * config.o_lora_rank, config.hidden_size)
         self.attn_sink = nn.Parameter(torch.empty(self.heads))
         self.compressor = Compressor(config, ratio, self.width) if ratio else None
@@ -94,9 +94,7 @@ class Attention(nn.Module):
 
     def _project(self, o_THK: Tensor) -> Tensor:
         """Grouped output (report 2.3.3): each group of heads has its own map to L, then all groups together to D."""
-        o_OTX = o_THK.flatten(1).unflatten(1, (self.groups, -1)).transpose(0, 1)
-        latent_OTL = torch.bmm(o_OTX, self.wo_a.weight.unflatten(0, (self.groups, -1)).mT)
-        return self.wo_b(latent_OTL.transpose(0, 1).flatten(1))
+        return self.wo_b(self.wo_a(o_THK.flatten(1).unflatten(1, (self.groups, -1))).flatten(1))
 
     def _signals(
         self,

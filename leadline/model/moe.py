@@ -9,41 +9,76 @@ and in the order of its choices.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
 from leadline.model.config import ModelConfig
-from leadline.model.linear import Linear
+from leadline.model.linear import Linear, hold, scale_names
 from leadline.model.router import Gate, Route
 from leadline.model.segment import Segment
 from leadline.model.signals import ExpertSignals
 from leadline.ops.grouped_linear import grouped_linear
 from leadline.ops.precision import wide
+from leadline.ops.quantized_linear import QuantizedWeight, quantized_grouped_linear
 from leadline.ops.swiglu import swiglu
 from leadline.ops.token_permutation import combine, dispatch, expert_order
 
 TOKENS_PER_RUN = 2048
 
+GroupedProducts = Callable[[Tensor, Sequence[Tensor], Tensor], tuple[Tensor, ...]]
+
 
 class Experts(nn.Module):
-    """The routed experts' matrices, stacked: w1 (gate), w3 (up) [E, F, D], w2 (down) [E, D, F]."""
+    """The routed experts' matrices, stacked: w1 (gate), w3 (up) [E, F, D], w2 (down) [E, D, F]. Floating or quantised,
+    as in `Linear`; the scales of w1 are w1_scale."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         e, f, d = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
-        self.limit = config.swiglu_limit
+        self.num_experts, self.limit = e, config.swiglu_limit
         self.w1 = nn.Parameter(torch.empty(e, f, d))
         self.w2 = nn.Parameter(torch.empty(e, d, f))
         self.w3 = nn.Parameter(torch.empty(e, f, d))
+        for name in ("w1", "w2", "w3"):
+            scale, block_scale = scale_names(name)
+            self.register_buffer(scale, None)
+            self.register_buffer(block_scale, None, persistent=False)
+        self.products: GroupedProducts = grouped_products
 
     def forward(self, x_TD: Tensor, route: Route) -> tuple[Tensor, Tensor]:
         """(sum over each token's experts, FP32 [T, D]; tokens per expert, int64 [E])."""
         choices = route.experts_TA.shape[1]
-        order_X, counts_E = expert_order(route.experts_TA, len(self.w1))
+        order_X, counts_E = expert_order(route.experts_TA, self.num_experts)
         x_XD = dispatch(x_TD, order_X, choices)
-        gate_XF, up_XF = grouped_linear(x_XD, self.w1, counts_E), grouped_linear(x_XD, self.w3, counts_E)
+        gate_XF, up_XF = self._multiply(x_XD, ("w1", "w3"), counts_E)
         hidden_XF = swiglu(gate_XF, up_XF, self.limit, route.weights_TA.flatten()[order_X])
-        return combine(grouped_linear(hidden_XF, self.w2, counts_E), order_X, choices), counts_E
+        (out_XD,) = self._multiply(hidden_XF, ("w2",), counts_E)
+        return combine(out_XD, order_X, choices), counts_E
+
+    def hold(self, weight: QuantizedWeight, name: str) -> None:
+        """Replace w1, w2 or w3 by a quantised stack of the same shape; it no longer trains."""
+        hold(self, name, weight)
+
+    def _multiply(self, x_XD: Tensor, names: tuple[str, ...], counts_E: Tensor) -> tuple[Tensor, ...]:
+        """One product for each name; w1 and w3 are held in one format."""
+        weights = [self._weight(name) for name in names]
+        quantized = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
+        floating = [weight for weight in weights if isinstance(weight, Tensor)]
+        assert not (quantized and floating), f"{' and '.join(names)} are held in different formats"
+        if quantized:
+            return quantized_grouped_linear(x_XD, quantized, counts_E)
+        return self.products(x_XD, floating, counts_E)
+
+    def _weight(self, name: str) -> Tensor | QuantizedWeight:
+        weight, scale, block_scale = (getattr(self, part) for part in (name, *scale_names(name)))
+        return weight if scale is None else QuantizedWeight(weight, scale, block_scale)
+
+
+def grouped_products(x_XD: Tensor, weights: Sequence[Tensor], counts_E: Tensor) -> tuple[Tensor, ...]:
+    """The rows of each expert times its matrix, for each of several stacks of floating matrices."""
+    return tuple(grouped_linear(x_XD, weight, counts_E) for weight in weights)
 
 
 class SharedExpert(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from leadline.ops.dispatch import use_kernel
+from leadline.ops.grouped_linear import reference
 from leadline.ops.grouped_linear.reference import GroupedLinear
 
 
@@ -22,3 +23,14 @@ def grouped_linear(x_XD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor
         if kernel.takes(x_XD, weight_EFD):
             return kernel.GroupedLinear.apply(x_XD, weight_EFD, counts_E)
     return GroupedLinear.apply(x_XD, weight_EFD, counts_E)
+
+
+def grouped_weight_gradient(dy_XF: Tensor, x_XD: Tensor, counts_E: Tensor) -> Tensor:
+    """dW[e] = dy[rows of expert e]^T @ x[rows of expert e], [E, F, D]: the gradient of `grouped_linear` alone, for
+    products whose forward is another one. dy and x of one dtype, which is that of the result; zero without rows."""
+    if use_kernel("grouped_linear", x_XD):
+        from leadline.ops.grouped_linear import kernel
+
+        if kernel.takes(x_XD, dy_XF[..., None]):
+            return kernel.weight_gradient(dy_XF.contiguous(), x_XD.contiguous(), kernel.ends(counts_E))
+    return reference.weight_gradient(dy_XF, x_XD, counts_E)

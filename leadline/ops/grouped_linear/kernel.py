@@ -29,7 +29,12 @@ def takes(x_XD: Tensor, weight_EFD: Tensor) -> bool:
     return fits and len(x_XD) > 0
 
 
-def _weight_gradient(dy_XF: Tensor, x_XD: Tensor, ends_E: Tensor) -> Tensor:
+def ends(counts_E: Tensor) -> Tensor:
+    """Where the rows of each expert end, int32."""
+    return counts_E.cumsum(0).to(torch.int32)
+
+
+def weight_gradient(dy_XF: Tensor, x_XD: Tensor, ends_E: Tensor) -> Tensor:
     dweight_EFD = grouped_mm(dy_XF.T, x_XD, offs=ends_E)
     if x_XD.is_cuda and torch.cuda.get_device_capability(x_XD.device)[0] >= 10:
         # On Blackwell the product leaves something else than zeros for a group without rows (pytorch issue 172439).
@@ -42,7 +47,7 @@ class GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_XD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
         x_XD, weight_EFD = x_XD.contiguous(), weight_EFD.contiguous()
-        ends_E = counts_E.cumsum(0).to(torch.int32)
+        ends_E = ends(counts_E)
         ctx.save_for_backward(x_XD, weight_EFD, ends_E)
         return grouped_mm(x_XD, weight_EFD.mT, offs=ends_E)
 
@@ -52,5 +57,5 @@ class GroupedLinear(torch.autograd.Function):
         x_XD, weight_EFD, ends_E = ctx.saved_tensors
         dy_XF = dy_XF.contiguous()
         dx_XD = grouped_mm(dy_XF, weight_EFD, offs=ends_E) if ctx.needs_input_grad[0] else None
-        dweight_EFD = _weight_gradient(dy_XF, x_XD, ends_E) if ctx.needs_input_grad[1] else None
+        dweight_EFD = weight_gradient(dy_XF, x_XD, ends_E) if ctx.needs_input_grad[1] else None
         return dx_XD, dweight_EFD, None

@@ -18,6 +18,13 @@ def _runs(counts_E: Tensor) -> Iterator[tuple[int, slice]]:
         start += count
 
 
+def weight_gradient(dy_XF: Tensor, x_XD: Tensor, counts_E: Tensor) -> Tensor:
+    dweight_EFD = x_XD.new_zeros(len(counts_E), dy_XF.shape[1], x_XD.shape[1])
+    for expert, rows in _runs(counts_E):
+        torch.mm(dy_XF[rows].T, x_XD[rows], out=dweight_EFD[expert])
+    return dweight_EFD
+
+
 class GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_XD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
@@ -32,11 +39,10 @@ class GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy_XF: Tensor) -> tuple[Tensor | None, ...]:
         x_XD, weight_EFD, counts_E = ctx.saved_tensors
         dy_XF = dy_XF.contiguous()
-        dx_XD = torch.empty_like(x_XD) if ctx.needs_input_grad[0] else None
-        dweight_EFD = torch.zeros_like(weight_EFD) if ctx.needs_input_grad[1] else None
-        for expert, rows in _runs(counts_E):
-            if dx_XD is not None:
+        dx_XD = None
+        if ctx.needs_input_grad[0]:
+            dx_XD = torch.empty_like(x_XD)
+            for expert, rows in _runs(counts_E):
                 torch.mm(dy_XF[rows], weight_EFD[expert], out=dx_XD[rows])
-            if dweight_EFD is not None:
-                torch.mm(dy_XF[rows].T, x_XD[rows], out=dweight_EFD[expert])
+        dweight_EFD = weight_gradient(dy_XF, x_XD, counts_E) if ctx.needs_input_grad[1] else None
         return dx_XD, dweight_EFD, None

@@ -1,0 +1,68 @@
+"""Linear maps with weights in eight or four bits, for one matrix or for the stacks of the experts.
+
+Activations are rounded to E4M3 in groups of 128 along the width, on the fly. A four-bit weight is multiplied as the
+eight-bit weight that it is exactly equal to (`fp4.to_fp8`), so the two formats differ in bytes alone. With B slabs of
+128 columns, rows t and columns o,
+
+    y_to = sum_b  s_tb S_ob  sum_(n in slab b)  x_tn w_on          x, w: E4M3 values; s, S: their scales
+
+where the inner sum is a matrix product, and the outer one is FP32, with slabs in ascending order (published kernels
+`fp8_gemm` and `fp4_gemm`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from leadline.ops.grouped_linear import grouped_linear
+from leadline.ops.quantized_linear import reference
+from leadline.ops.quantized_linear.weight import FORMATS, Format, QuantizedWeight, quantize
+
+__all__ = ["FORMATS", "Format", "QuantizedWeight", "quantize", "quantized_grouped_linear", "quantized_linear"]
+
+
+def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """y = x W^T of x [..., N] and a weight [O, N]; [..., O] in the dtype of x.
+
+    x: floating; a row with an infinity or NaN gives NaN. The sum over a slab is exact in the reference; kernels add in
+    the matrix units, whose precision is below FP32 for eight-bit operands, and always in the same order, so a row's
+    result depends on nothing but the row. Differentiable in x, straight through its rounding: dx = dy W.
+    """
+    return _QuantizedLinear.apply(x.flatten(0, -2), None, (weight,))[0].unflatten(0, x.shape[:-1])
+
+
+def quantized_grouped_linear(x_XN: Tensor, weights: Sequence[QuantizedWeight], counts_E: Tensor) -> tuple[Tensor, ...]:
+    """y[rows of expert e] = x[rows of expert e] W[e]^T for each of several stacks [E, O, N]: one [X, O] for each.
+
+    x_XN: [X, N], rows sorted by expert, rounded once for all stacks. counts_E: int64 [E], rows of each expert, sum X.
+    Arithmetic, dtypes and gradient as in `quantized_linear`. On CUDA the host does not wait for the counts.
+    """
+    return _QuantizedLinear.apply(x_XN, counts_E, tuple(weights))
+
+
+def _products(x_TN: Tensor, weights: Sequence[QuantizedWeight], counts_E: Tensor | None) -> tuple[Tensor, ...]:
+    return reference.products(x_TN, weights, counts_E)
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TN: Tensor, counts_E: Tensor | None, weights: tuple[QuantizedWeight, ...]) -> Any:
+        ctx.weights = weights
+        ctx.save_for_backward(counts_E)
+        return _products(x_TN, weights, counts_E)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dy_TO: Tensor) -> tuple[Tensor | None, ...]:
+        (counts_E,) = ctx.saved_tensors
+        dx_TN = None
+        for dy, weight in zip(dy_TO, ctx.weights, strict=True):
+            values = weight.values().to(dy.dtype)
+            part_TN = dy @ values if counts_E is None else grouped_linear(dy, values.mT, counts_E)
+            dx_TN = part_TN if dx_TN is None else dx_TN + part_TN
+        return dx_TN, None, None
