@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,6 +30,8 @@ from leadline.weights.header import (
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
+
+TensorSpec = tuple[str, torch.dtype, tuple[int, ...]]
 
 
 class CheckpointReader:
@@ -83,16 +85,79 @@ class CheckpointReader:
         return self._open[1]
 
 
+class ShardWriter:
+    """Writes one file whose tensors are known beforehand by name, dtype and shape.
+
+        with ShardWriter(path, [("a", torch.float32, (4, 3))]) as shard:
+            shard.append("a", first_row)
+            shard.append("a", other_rows)
+
+    Because all sizes are known, the header is written first and every piece goes straight to its place: tensors in any
+    order, alternating if need be, and none of them held. Leaving the block raises CheckpointError if a tensor is not
+    complete. The file is open from the first piece to `close`, and opens again if more follows.
+
+    tensors: name -> TensorInfo, in the order of their place in the file.
+    """
+
+    def __init__(self, path: Path, tensors: Iterable[TensorSpec]) -> None:
+        self.path = path
+        self.tensors = lay_out(tensors)
+        # transformers refuses files that do not say "pt".
+        header = build_header(self.tensors, {"format": "pt"})
+        path.write_bytes(header)
+        self._data_start = len(header)
+        self._written = dict.fromkeys(self.tensors, 0)
+        self._file: BinaryIO | None = None
+
+    def append(self, name: str, piece: Tensor) -> None:
+        """Write the next elements of a tensor, in row-major order; the piece may lie on any device.
+
+        Raises CheckpointError for a piece whose dtype differs or which is longer than what is missing.
+        """
+        info = self.tensors[name]
+        size = num_bytes(piece.dtype, piece.shape)
+        if piece.dtype != info.dtype or size > self.missing_bytes(name):
+            raise CheckpointError(
+                f"tensor {name} {info} does not take a piece of {dtype_name(piece.dtype)} {list(piece.shape)}"
+            )
+        if self._file is None:
+            self._file = self.path.open("r+b")
+        self._file.seek(self._data_start + info.begin + self._written[name])
+        self._file.write(_bytes_of(piece))
+        self._written[name] += size
+
+    def missing_bytes(self, name: str) -> int:
+        """How many bytes of a tensor are still to be written."""
+        info = self.tensors[name]
+        return info.end - info.begin - self._written[name]
+
+    def close(self) -> None:
+        """Hand what was written to the operating system."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        self.close()
+        if kind is None:
+            for name, info in self.tensors.items():
+                if self.missing_bytes(name):
+                    raise CheckpointError(f"tensor {name} {info} was given {self.missing_bytes(name)} bytes too few")
+
+
 class CheckpointWriter:
     """Writes the files of a folder whose tensors are known beforehand by name, dtype and shape.
 
         with CheckpointWriter(folder, [("a", torch.float32, (4, 3))]) as writer:
             writer.write("a", [first_row, other_rows])
 
-    Because all sizes are known, the headers are written first and every tensor goes straight to its place: in any order
-    (that of `tensors` is fastest), and holding none of them. A shard takes at most `max_shard_bytes` of data unless a
-    single tensor is larger. Leaving the block writes the index, or raises CheckpointError if a tensor is missing. The
-    folder must exist; wrap it in `folder.new_folder` to make the result appear whole or not at all.
+    Tensors may come in any order (that of `tensors` is fastest), and none of them is held. A shard takes at most
+    `max_shard_bytes` of data unless a single tensor is larger. Leaving the block writes the index, or raises
+    CheckpointError if a tensor is missing. The folder must exist; wrap it in `folder.new_folder` to make the result
+    appear whole or not at all.
 
     tensors: name -> TensorInfo, in the order of their place in the files.
     """
@@ -100,19 +165,16 @@ class CheckpointWriter:
     def __init__(
         self,
         folder: str | Path,
-        tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
+        tensors: Iterable[TensorSpec],
         *,
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
         self.folder = Path(folder)
-        self._shards: dict[Path, dict[str, TensorInfo]] = {}
-        self._places: dict[str, tuple[Path, int]] = {}
-        self._open: tuple[Path, BinaryIO] | None = None
-        shards = _plan_shards(tensors, max_shard_bytes)
-        for number, shard in enumerate(shards, start=1):
-            file_name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            self._start_shard(self.folder / file_name, lay_out(shard))
-        self.tensors = {name: info for shard in self._shards.values() for name, info in shard.items()}
+        shards = plan_shards(((tensor,) for tensor in tensors), max_shard_bytes)
+        self._shards = [ShardWriter(self.folder / file_name, shard) for file_name, shard in shards.items()]
+        self._shard_of = {name: shard for shard in self._shards for name in shard.tensors}
+        self._open: ShardWriter | None = None
+        self.tensors = {name: info for shard in self._shards for name, info in shard.tensors.items()}
         self._missing = set(self.tensors)
 
     def write(self, name: str, pieces: Iterable[Tensor]) -> None:
@@ -123,20 +185,16 @@ class CheckpointWriter:
         """
         if name not in self._missing:
             raise CheckpointError(f"tensor {name} was {'written before' if name in self.tensors else 'not announced'}")
-        info = self.tensors[name]
-        path, offset = self._places[name]
-        file = self._handle(path)
-        file.seek(offset)
-        room = info.end - info.begin
+        shard = self._shard_of[name]
+        if self._open is not shard:
+            self._close()
+            self._open = shard
         for piece in pieces:
-            if piece.dtype != info.dtype or num_bytes(piece.dtype, piece.shape) > room:
-                raise CheckpointError(
-                    f"tensor {name} {info} does not take a piece of {dtype_name(piece.dtype)} {list(piece.shape)}"
-                )
-            room -= num_bytes(piece.dtype, piece.shape)
-            file.write(_bytes_of(piece))
-        if room:
-            raise CheckpointError(f"tensor {name} {info} was given {room} bytes too few")
+            shard.append(name, piece)
+        if shard.missing_bytes(name):
+            raise CheckpointError(
+                f"tensor {name} {self.tensors[name]} was given {shard.missing_bytes(name)} bytes too few"
+            )
         self._missing.remove(name)
 
     def __enter__(self) -> CheckpointWriter:
@@ -144,37 +202,51 @@ class CheckpointWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         self._close()
-        if kind is None:
-            self._finish()
-
-    def _finish(self) -> None:
+        if kind is not None:
+            return
         if self._missing:
             raise CheckpointError(f"tensor {min(self._missing)} was never written ({len(self._missing)} missing)")
-        if len(self._shards) > 1:
-            weight_map = {name: path.name for name, (path, _) in self._places.items()}
-            total = sum(info.end - info.begin for info in self.tensors.values())
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
-            (self.folder / INDEX_FILE).write_text(text, encoding="utf8")
+        write_index(self.folder, {shard.path.name: shard.tensors for shard in self._shards})
 
     def _close(self) -> None:
         if self._open is not None:
-            self._open[1].close()
+            self._open.close()
             self._open = None
 
-    def _start_shard(self, path: Path, tensors: dict[str, TensorInfo]) -> None:
-        # transformers refuses files that do not say "pt".
-        header = build_header(tensors, {"format": "pt"})
-        path.write_bytes(header)
-        self._shards[path] = tensors
-        for name, info in tensors.items():
-            self._places[name] = (path, len(header) + info.begin)
 
-    def _handle(self, path: Path) -> BinaryIO:
-        if self._open is None or self._open[0] != path:
-            self._close()
-            self._open = (path, path.open("r+b"))
-        return self._open[1]
+def plan_shards(groups: Iterable[Sequence[TensorSpec]], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
+    """File name -> tensors of each file of a folder. The tensors of a group lie in one file, and a file takes at most
+    `max_shard_bytes` of data unless a single group is larger."""
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes {max_shard_bytes} must be positive")
+    shards: list[list[TensorSpec]] = [[]]
+    room, seen = max_shard_bytes, set()
+    for group in groups:
+        size = sum(num_bytes(dtype, shape) for _, dtype, shape in group)
+        if size > room and shards[-1]:
+            shards.append([])
+            room = max_shard_bytes
+        room -= size
+        for tensor in group:
+            if tensor[0] in seen:
+                raise CheckpointError(f"tensor {tensor[0]} was announced twice")
+            seen.add(tensor[0])
+            shards[-1].append(tensor)
+    if len(shards) == 1:
+        return {SINGLE_FILE: shards[0]}
+    return {
+        f"model-{number:05}-of-{len(shards):05}.safetensors": shard for number, shard in enumerate(shards, start=1)
+    }
+
+
+def write_index(folder: Path, shards: Mapping[str, Mapping[str, TensorInfo]]) -> None:
+    """Write the index of a folder with several files; a single file needs none."""
+    if len(shards) == 1:
+        return
+    weight_map = {name: file_name for file_name, tensors in shards.items() for name in tensors}
+    total = sum(info.end - info.begin for tensors in shards.values() for info in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:
@@ -230,25 +302,6 @@ def _check_index(index: Path, weight_map: Mapping[str, str], files: Mapping[str,
     for name, path in files.items():
         if name not in weight_map:
             raise CheckpointError(f"{index}: tensor {name} of {path.name} is not listed")
-
-
-def _plan_shards(
-    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], max_shard_bytes: int
-) -> list[list[tuple[str, torch.dtype, tuple[int, ...]]]]:
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes {max_shard_bytes} must be positive")
-    shards, room, seen = [[]], max_shard_bytes, set()
-    for name, dtype, shape in tensors:
-        if name in seen:
-            raise CheckpointError(f"tensor {name} was announced twice")
-        size = num_bytes(dtype, shape)
-        if size > room and shards[-1]:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append((name, dtype, shape))
-        seen.add(name)
-        room -= size
-    return shards
 
 
 def _bytes_of(piece: Tensor) -> memoryview:

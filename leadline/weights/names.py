@@ -12,6 +12,12 @@ Three namings are in use:
 Our model has the official names, except that the experts of a layer are stacked ([E, ...]) and that a hyper-connection
 is a module (`hc_attn.fn` for `hc_attn_fn`).
 
+The refresh of June 2026 (DSpark) puts three draft stages in the place of the MTP block, `mtp.0` to `mtp.2`. Files may
+hold them, and they are converted and compared like the rest; our model has no such stages.
+
+A quantised tensor has its scales beside it (`stored.py`): the official `X.weight` has `X.scale`, transformers' `NAME` has
+`NAME_scale_inv`.
+
 `TABLE` has one row per kind of tensor; `{layer}` and `{expert}` stand for numbers. A file tensor whose pattern occurs
 in two rows holds both of our tensors, one after the other along dimension 1, in the order of the rows.
 """
@@ -97,6 +103,20 @@ _MTP_ONLY = (
     "hc_head.scale",
 )  # fmt: skip
 
+# What the DSpark stages have beside the tensors of any block: the first stage, then the last. The last has `norm` and
+# `hc_head` too.
+_DSPARK_ONLY = (
+    "main_proj.weight", "main_norm.weight", "markov_head.markov_w1.weight", "markov_head.markov_w2.weight",
+    "confidence_head.proj.weight",
+)  # fmt: skip
+
+# The matrices that the released files quantise: FP8 for all of these, FP8 or FP4 for the experts (report 5.2.1).
+_FP8 = re.compile(
+    r"(layers|mtp)\.\d+\."
+    r"(attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)|ffn\.shared_experts\.w[123]|e_proj|h_proj|main_proj)\.weight"
+)
+_EXPERTS = re.compile(r"(layers|mtp)\.\d+\.ffn\.experts\.w[123]")
+
 # The released files hold these in float32 whatever the precision of the rest.
 _FLOAT32 = re.compile(r".*(\.|^)(hc_(attn|ffn|head)\.(fn|base|scale)|attn_sink|ape|gate\.bias)")
 
@@ -150,7 +170,7 @@ TABLE: tuple[Row, ...] = (
     *(Row(ours, _official(ours), transformers, saved) for ours, transformers, saved in _ENDS),
     *(_trunk_row(ours, transformers) for ours, transformers in _BLOCK),
     *(_mtp_row(ours) for ours, _ in _BLOCK),
-    *(_mtp_row(ours) for ours in _MTP_ONLY),
+    *(_mtp_row(ours) for ours in (*_MTP_ONLY, *_DSPARK_ONLY)),
 )
 
 
@@ -165,13 +185,11 @@ def to_file(part: Part, naming: str) -> str:
 
 def to_ours(name: str, naming: str) -> tuple[Part, ...]:
     """The parts of our model in a file tensor, in their order along dimension 1; empty if the naming lacks the name."""
+    numbers = _NUMBER.findall(name)
     parts = []
-    for row in TABLE:
-        found = _compiled(_pattern(row, naming)).fullmatch(name)
-        if found:
-            numbers = found.groupdict()
-            expert = numbers.pop("expert", None)
-            parts.append(Part(row.ours.format(**numbers), None if expert is None else int(expert)))
+    for row, has_expert in _rows_by_skeleton(naming).get(_NUMBER.sub("#", name), ()):
+        ours = row.ours.format(layer=numbers[0]) if numbers else row.ours
+        parts.append(Part(ours, int(numbers[1]) if has_expert else None))
     return tuple(parts)
 
 
@@ -193,6 +211,23 @@ def file_tensors(our_shapes: Mapping[str, tuple[int, ...]], naming: str) -> dict
 def keeps_float32(ours: str) -> bool:
     """Whether the released files hold this tensor of our model in float32 at any precision of the rest."""
     return _FLOAT32.fullmatch(ours) is not None
+
+
+def is_linear(ours: str) -> bool:
+    """Whether the released files hold this matrix of our model in FP8, whatever the format of the experts."""
+    return _FP8.fullmatch(ours) is not None
+
+
+def is_experts(ours: str) -> bool:
+    """Whether this is a stack of routed experts, which the released files hold in FP8 or FP4."""
+    return _EXPERTS.fullmatch(ours) is not None
+
+
+def scale_name(name: str, naming: str) -> str:
+    """The name of the tensor that holds the scales of a quantised file tensor."""
+    if naming == "transformers" and not is_mtp(name):
+        return name + "_scale_inv"
+    return name.removesuffix(".weight") + ".scale"
 
 
 def is_mtp(name: str) -> bool:
@@ -224,10 +259,27 @@ def _pattern(row: Row, naming: str) -> str:
     return getattr(row, naming)
 
 
+# Numbers have no leading zeros, so that every name has one spelling.
+_NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]*)(?=\.)")
+
+
+@cache
+def _rows_by_skeleton(naming: str) -> dict[str, tuple[tuple[Row, bool], ...]]:
+    """The rows whose file names look alike when `#` stands for every number, and whether the last number is an expert.
+
+    A folder may hold a hundred thousand names: each is looked up once, not compared with every row.
+    """
+    result: dict[str, tuple[tuple[Row, bool], ...]] = {}
+    for row in TABLE:
+        pattern = _pattern(row, naming)
+        skeleton = pattern.replace("{layer}", "#").replace("{expert}", "#")
+        result[skeleton] = (*result.get(skeleton, ()), (row, "{expert}" in pattern))
+    return result
+
+
 @cache
 def _compiled(pattern: str) -> re.Pattern[str]:
-    """A pattern as a regular expression; numbers have no leading zeros, so that every name has one spelling."""
     expression = re.escape(pattern)
     for number in ("layer", "expert"):
-        expression = expression.replace(re.escape("{" + number + "}"), f"(?P<{number}>0|[1-9][0-9]*)")
+        expression = expression.replace(re.escape("{" + number + "}"), f"(?P<{number}>{_NUMBER.pattern})")
     return re.compile(expression)
