@@ -30,6 +30,8 @@ from leadline.weights.header import (
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
+# Opening a file parses its header of thousands of tensors; a weight and its scales may lie in two files.
+OPEN_FILES = 4
 
 TensorSpec = tuple[str, torch.dtype, tuple[int, ...]]
 
@@ -47,7 +49,7 @@ class CheckpointReader:
         self.folder = Path(folder)
         self.tensors: dict[str, TensorInfo] = {}
         self._files: dict[str, Path] = {}
-        self._open: tuple[Path, Any] | None = None
+        self._open: dict[Path, Any] = {}
         weight_map = _read_index(self.folder)
         for path in _files_of(self.folder, weight_map):
             for name, info in read_header(path).tensors.items():
@@ -80,9 +82,11 @@ class CheckpointReader:
         return self._files[name]
 
     def _handle(self, path: Path) -> Any:
-        if self._open is None or self._open[0] != path:
-            self._open = (path, safe_open(path, framework="pt"))
-        return self._open[1]
+        if path not in self._open:
+            if len(self._open) == OPEN_FILES:
+                self._open.pop(next(iter(self._open)))
+            self._open[path] = safe_open(path, framework="pt")
+        return self._open[path]
 
 
 class ShardWriter:
@@ -112,8 +116,11 @@ class ShardWriter:
     def append(self, name: str, piece: Tensor) -> None:
         """Write the next elements of a tensor, in row-major order; the piece may lie on any device.
 
-        Raises CheckpointError for a piece whose dtype differs or which is longer than what is missing.
+        Raises CheckpointError for an unknown name, and for a piece whose dtype differs or which is longer than what is
+        missing.
         """
+        if name not in self.tensors:
+            raise CheckpointError(f"tensor {name} was not announced")
         info = self.tensors[name]
         size = num_bytes(piece.dtype, piece.shape)
         if piece.dtype != info.dtype or size > self.missing_bytes(name):
@@ -148,72 +155,6 @@ class ShardWriter:
                     raise CheckpointError(f"tensor {name} {info} was given {self.missing_bytes(name)} bytes too few")
 
 
-class CheckpointWriter:
-    """Writes the files of a folder whose tensors are known beforehand by name, dtype and shape.
-
-        with CheckpointWriter(folder, [("a", torch.float32, (4, 3))]) as writer:
-            writer.write("a", [first_row, other_rows])
-
-    Tensors may come in any order (that of `tensors` is fastest), and none of them is held. A shard takes at most
-    `max_shard_bytes` of data unless a single tensor is larger. Leaving the block writes the index, or raises
-    CheckpointError if a tensor is missing. The folder must exist; wrap it in `folder.new_folder` to make the result
-    appear whole or not at all.
-
-    tensors: name -> TensorInfo, in the order of their place in the files.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        tensors: Iterable[TensorSpec],
-        *,
-        max_shard_bytes: int = MAX_SHARD_BYTES,
-    ) -> None:
-        self.folder = Path(folder)
-        shards = plan_shards(((tensor,) for tensor in tensors), max_shard_bytes)
-        self._shards = [ShardWriter(self.folder / file_name, shard) for file_name, shard in shards.items()]
-        self._shard_of = {name: shard for shard in self._shards for name in shard.tensors}
-        self._open: ShardWriter | None = None
-        self.tensors = {name: info for shard in self._shards for name, info in shard.tensors.items()}
-        self._missing = set(self.tensors)
-
-    def write(self, name: str, pieces: Iterable[Tensor]) -> None:
-        """Write one tensor, given as pieces whose elements follow each other in row-major order.
-
-        Pieces may lie on any device. Raises CheckpointError for an unknown name, a name written before, or pieces whose
-        dtype or number of elements does not fit.
-        """
-        if name not in self._missing:
-            raise CheckpointError(f"tensor {name} was {'written before' if name in self.tensors else 'not announced'}")
-        shard = self._shard_of[name]
-        if self._open is not shard:
-            self._close()
-            self._open = shard
-        for piece in pieces:
-            shard.append(name, piece)
-        if shard.missing_bytes(name):
-            raise CheckpointError(
-                f"tensor {name} {self.tensors[name]} was given {shard.missing_bytes(name)} bytes too few"
-            )
-        self._missing.remove(name)
-
-    def __enter__(self) -> CheckpointWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        self._close()
-        if kind is not None:
-            return
-        if self._missing:
-            raise CheckpointError(f"tensor {min(self._missing)} was never written ({len(self._missing)} missing)")
-        write_index(self.folder, {shard.path.name: shard.tensors for shard in self._shards})
-
-    def _close(self) -> None:
-        if self._open is not None:
-            self._open.close()
-            self._open = None
-
-
 def plan_shards(groups: Iterable[Sequence[TensorSpec]], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
     """File name -> tensors of each file of a folder. The tensors of a group lie in one file, and a file takes at most
     `max_shard_bytes` of data unless a single group is larger."""
@@ -239,12 +180,12 @@ def plan_shards(groups: Iterable[Sequence[TensorSpec]], max_shard_bytes: int) ->
     }
 
 
-def write_index(folder: Path, shards: Mapping[str, Mapping[str, TensorInfo]]) -> None:
-    """Write the index of a folder with several files; a single file needs none."""
+def write_index(folder: Path, shards: Mapping[str, Iterable[TensorSpec]]) -> None:
+    """Write the index of a folder with several files, as `plan_shards` gave them; a single file needs none."""
     if len(shards) == 1:
         return
-    weight_map = {name: file_name for file_name, tensors in shards.items() for name in tensors}
-    total = sum(info.end - info.begin for tensors in shards.values() for info in tensors.values())
+    weight_map = {name: file_name for file_name, tensors in shards.items() for name, _, _ in tensors}
+    total = sum(num_bytes(dtype, shape) for tensors in shards.values() for _, dtype, shape in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from glob import escape as glob_escape
 from pathlib import Path
 
 TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json")
@@ -50,6 +52,44 @@ def new_folder(target: str | Path, *, replaceable: Sequence[str] = CHECKPOINT_FI
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def resumable_folder(target: str | Path, work: str, *, replaceable: Sequence[str] = CHECKPOINT_FILES) -> Iterator[Path]:
+    """Like `new_folder`, for work of many minutes: what an interrupted run has finished is there for the next one.
+
+    work: names what is being made, in a few letters or digits; a run goes on with the folder of an earlier run of the
+    same target and work, `.NAME.partial-WORK`, and removes those of the target's other works. The folder given may
+    therefore hold files already: the caller must let each file have its name only when it is complete.
+
+    A ValueError (input that cannot be used) removes the folder; whatever else ends the block or the process leaves it.
+    BlockingIOError if another process is at this very work.
+    """
+    target = Path(os.path.realpath(target))
+    _check_replaceable(target, replaceable)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.partial-{work}"
+    partial.mkdir(exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for other in target.parent.glob(f".{glob_escape(target.name)}.partial-*"):
+            if other != partial:
+                shutil.rmtree(other, ignore_errors=True)
+        yield partial
+        for file in sorted(partial.iterdir()):
+            _sync(file)
+        _sync(partial)
+        _check_replaceable(target, replaceable)
+        old = target.parent / f".{target.name}.old-{secrets.token_hex(4)}"
+        _swap(partial, target, old)
+    except ValueError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
     _sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 

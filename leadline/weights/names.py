@@ -230,6 +230,13 @@ def scale_name(name: str, naming: str) -> str:
     return name.removesuffix(".weight") + ".scale"
 
 
+def model_order(ours: str) -> tuple[int, int, int]:
+    """A sort key: the embedding, the layers by number, the ends of the trunk, the MTP blocks; within, as in `TABLE`."""
+    row, numbers = _row_of(ours)
+    section = 3 if is_mtp(ours) else 1 if numbers else 0 if ours == "embed.weight" else 2
+    return section, int(numbers.get("layer", 0)), TABLE.index(row)
+
+
 def is_mtp(name: str) -> bool:
     """Whether a tensor, under any naming, belongs to an MTP block."""
     return name.startswith("mtp.")

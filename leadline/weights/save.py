@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -16,16 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from leadline.model.config import ModelConfig
-from leadline.weights.files import MAX_SHARD_BYTES, CheckpointWriter
+from leadline.weights.files import MAX_SHARD_BYTES
 from leadline.weights.folder import TOKENIZER_FILES, new_folder
 from leadline.weights.header import CASTABLE
-from leadline.weights.names import FileTensor, file_tensors, keeps_float32
-
-CONFIG_SPELLING = {
-    "official": "official",
-    "transformers": "transformers",
-    "transformers_saved": "transformers",
-}
+from leadline.weights.names import Part, keeps_float32
+from leadline.weights.stored import PLAIN
+from leadline.weights.target import BF16, CONFIG_SPELLING, SCALES, Form, config_of, form_of, plan, write_weights
 
 
 def save_checkpoint(
@@ -37,35 +33,50 @@ def save_checkpoint(
     tokenizer_files: Sequence[str | Path] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
     dtype: torch.dtype | None = None,
+    format: str | None = None,
 ) -> None:
     """Write all parameters and persistent buffers of `model`, and its `config`, to `folder`.
 
     naming: one of `names.NAMINGS`. tokenizer_files: copied into the folder under their own names. max_shard_bytes:
     above this the weights are spread over several files. dtype: float32, bfloat16 or float16 for all floating tensors
-    except those that the release keeps in float32; None: as they are, so that load(save(model)) is bitwise.
+    except those that the release keeps in float32; None: as they are, so that load(save(model)) is bitwise. format: one
+    of `target.FORMATS` instead of a dtype: what is a released file of that format, with the scales that it has.
 
-    `torch_dtype` of the written config is the dtype of the written embedding, and its quantisation fields are left
-    out, because the weights are not quantised. Tensors are streamed: beside the model at most one is in memory. An
+    The written config says what the weights are: `torch_dtype` is the dtype of the written embedding, and the fields of
+    quantisation are those of the format. Tensors are streamed: beside the model pieces of one matrix are in memory. An
     existing checkpoint at `folder` is replaced once the new one is complete; a folder that holds anything else raises
-    FileExistsError. Nothing half written remains if anything fails.
+    FileExistsError. CheckpointError where a format does not fit the model's widths. Nothing half written remains if
+    anything fails.
     """
     if dtype is not None and dtype not in CASTABLE:
         raise ValueError(f"weights cannot be saved as {dtype}, only as {', '.join(map(str, CASTABLE))}")
+    if dtype is not None and format is not None:
+        raise ValueError(f"dtype {dtype} and format {format} exclude each other: give one of them")
     tensors: dict[str, Tensor] = model.state_dict()
-    expected = file_tensors({name: tuple(tensor.shape) for name, tensor in tensors.items()}, naming)
-    dtypes = {name: _dtype_of(name, tensor, dtype) for name, tensor in tensors.items()}
-    plan = [(name, dtypes[wanted.parts[0].ours], wanted.shape) for name, wanted in expected.items()]
-    config = config.replace(
-        torch_dtype=str(dtypes["embed.weight"]).removeprefix("torch."), quantization_config=None, expert_dtype=None
+    forms = {name: _form(name, tensor, dtype, format) for name, tensor in tensors.items()}
+    outputs = plan({name: tuple(tensor.shape) for name, tensor in tensors.items()}, forms, naming)
+    config = config_of(config, format or BF16).replace(
+        torch_dtype=str(forms["embed.weight"].dtype).removeprefix("torch.")
     )
+
+    def read(part: Part) -> Tensor:
+        whole = tensors[part.ours].detach()
+        return whole if part.expert is None else whole[part.expert]
+
     with new_folder(folder) as temporary:
         (temporary / "config.json").write_text(config.to_json(CONFIG_SPELLING[naming]), encoding="utf8")
-        (temporary / "generation_config.json").write_text(_generation_config(config), encoding="utf8")
+        (temporary / "generation_config.json").write_text(generation_config(config), encoding="utf8")
         for file in map(Path, tokenizer_files):
             _copy_tokenizer_file(file, temporary)
-        with CheckpointWriter(temporary, plan, max_shard_bytes=max_shard_bytes) as writer:
-            for name, info in writer.tensors.items():
-                writer.write(name, _pieces(expected[name], tensors, info.dtype))
+        write_weights(temporary, outputs, read, max_shard_bytes=max_shard_bytes)
+
+
+def generation_config(config: ModelConfig) -> str:
+    """The content of `generation_config.json`. Sampling as released: temperature 1, no truncation."""
+    values = {"do_sample": True, "temperature": 1.0, "top_p": 1.0}
+    tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    values |= {name: token for name, token in tokens.items() if token is not None}
+    return json.dumps(values, indent=2) + "\n"
 
 
 def _copy_tokenizer_file(file: Path, folder: Path) -> None:
@@ -74,27 +85,9 @@ def _copy_tokenizer_file(file: Path, folder: Path) -> None:
     shutil.copyfile(file, folder / file.name)
 
 
-def _dtype_of(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+def _form(name: str, tensor: Tensor, dtype: torch.dtype | None, format: str | None) -> Form:
+    if format is not None:
+        return form_of(name, tensor.dtype, format, SCALES.get(format, torch.float32))
     if dtype is None or not tensor.is_floating_point():
-        return tensor.dtype
-    return torch.float32 if keeps_float32(name) else dtype
-
-
-def _pieces(wanted: FileTensor, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
-    """The elements of a file tensor in row-major order, in pieces no larger than one matrix."""
-    parts = [tensors[part.ours] if part.expert is None else tensors[part.ours][part.expert] for part in wanted.parts]
-    if len(wanted.shape) < 3:
-        yield parts[0].to(dtype)
-        return
-    # A stack: parts that lie side by side along dimension 1 alternate matrix by matrix.
-    for matrices in zip(*parts, strict=True):
-        for matrix in matrices:
-            yield matrix.to(dtype)
-
-
-def _generation_config(config: ModelConfig) -> str:
-    """Sampling as released: temperature 1, no truncation."""
-    values = {"do_sample": True, "temperature": 1.0, "top_p": 1.0}
-    tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    values |= {name: token for name, token in tokens.items() if token is not None}
-    return json.dumps(values, indent=2) + "\n"
+        return Form(PLAIN, tensor.dtype)
+    return Form(PLAIN, torch.float32 if keeps_float32(name) else dtype)

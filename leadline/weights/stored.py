@@ -24,7 +24,7 @@ from torch import Tensor
 
 from leadline.formats import e8m0, fp4, fp8
 from leadline.weights.files import CheckpointReader, TensorSpec
-from leadline.weights.header import CheckpointError, TensorInfo, dtype_name, num_bytes
+from leadline.weights.header import CheckpointError, TensorInfo, dtype_name
 from leadline.weights.names import scale_name
 
 PLAIN, FP8, FP4 = "plain", "fp8", "fp4"
@@ -32,8 +32,8 @@ CODES = {torch.float8_e4m3fn: FP8, torch.int8: FP4, torch.uint8: FP4}
 CODE_DTYPE = {FP8: torch.float8_e4m3fn, FP4: torch.int8}
 SCALE_DTYPES = (torch.float32, torch.float8_e8m0fnu)
 
-# Pieces of a large matrix have about this many values: a few tens of megabytes in float32.
-VALUES_PER_PIECE = 1 << 23
+# Pieces of a large matrix have at most about this many values, 134 MB in float32: any expert's matrix is one piece.
+VALUES_PER_PIECE = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,14 @@ class Quantised:
         """One matrix of a stack."""
         return Quantised(self.format, self.codes[number], self.scale[number])
 
+    @property
+    def rows_per_scale(self) -> int:
+        """How many rows of a matrix share a scale."""
+        return fp8.WEIGHT_BLOCK if self.format == FP8 else 1
+
     def rows(self, begin: int, end: int) -> Quantised:
         """Some rows of a matrix, from the first row of a block on."""
-        block = fp8.WEIGHT_BLOCK if self.format == FP8 else 1
+        block = self.rows_per_scale
         assert begin % block == 0, f"row {begin} is inside of a block"
         return Quantised(self.format, self.codes[begin:end], self.scale[begin // block : -(-end // block)])
 
@@ -189,11 +194,6 @@ def quantised_specs(
     return (name, CODE_DTYPE[form], codes), (scale, scale_dtype, scale_shape(form, shape))
 
 
-def stored_bytes(specs: tuple[TensorSpec, ...]) -> int:
-    """Bytes of some tensors in a file."""
-    return sum(num_bytes(dtype, shape) for _, dtype, shape in specs)
-
-
 def pieces(value: Value) -> Iterator[Value]:
     """A matrix, vector or scalar cut into runs of rows, each small enough to be converted in memory."""
     if len(value.shape) < 2:
@@ -216,7 +216,8 @@ def as_float(value: Value) -> Tensor:
 def encode(value: Value, form: str, dtype: torch.dtype, name: str) -> tuple[Tensor, ...]:
     """A piece in another form: (plain tensor of `dtype`,) or (codes, scales of `dtype`).
 
-    From four bits to eight the values stay exactly the same; ValueError names `name` where they cannot. Codes of the
+    From four bits to eight the values stay exactly the same. CheckpointError names `name` where they cannot, and where there
+    are values that are not finite and would have to be quantised. Codes of the
     form that is asked for are kept as they are, and their scales too where `dtype` can hold them.
     """
     if form == PLAIN:
@@ -226,9 +227,14 @@ def encode(value: Value, form: str, dtype: torch.dtype, name: str) -> tuple[Tens
     if isinstance(value, Quantised) and value.format == form and _fits(value.scale, dtype):
         return value.codes.view(CODE_DTYPE[form]), _scale_as(value.scale, dtype)
     if isinstance(value, Quantised) and (value.format, form) == (FP4, FP8):
-        codes, scale = fp4.to_fp8(value.codes, value.scale, name)
+        try:
+            codes, scale = fp4.to_fp8(value.codes, value.scale, name)
+        except ValueError as error:
+            raise CheckpointError(f"tensor {error}") from None
         return codes, _scale_as(scale, dtype)
     codes, scale = (fp8.quantize_weight if form == FP8 else fp4.quantize)(as_float(value))
+    if not bool(scale.isfinite().all()):
+        raise CheckpointError(f"tensor {name}: holds infinity or NaN, which no {form.upper()} block can hold")
     return codes.view(CODE_DTYPE[form]), _scale_as(scale, dtype)
 
 

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from leadline.weights.files import INDEX_FILE, CheckpointReader, CheckpointWriter
+from leadline.weights.files import (
+    INDEX_FILE,
+    MAX_SHARD_BYTES,
+    CheckpointReader,
+    ShardWriter,
+    plan_shards,
+    write_index,
+)
 from leadline.weights.header import DTYPES, CheckpointError
 
 SHAPES = st.lists(st.integers(0, 4), max_size=3)
@@ -30,11 +37,13 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(flat_a, flat_b)
 
 
-def write_folder(folder: Path, tensors: dict[str, Tensor], **options: Any) -> None:
-    plan = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    with CheckpointWriter(folder, plan, **options) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, [tensor])
+def write_folder(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    shards = plan_shards([[(name, x.dtype, tuple(x.shape))] for name, x in tensors.items()], max_shard_bytes)
+    for file_name, specs in shards.items():
+        with ShardWriter(folder / file_name, specs) as shard:
+            for name, _, _ in specs:
+                shard.append(name, tensors[name])
+    write_index(folder, shards)
 
 
 def sharded(folder: Path) -> dict[str, Tensor]:
@@ -79,14 +88,22 @@ def test_any_tensors_in_any_order(
 ) -> None:
     folder = tmp_path_factory.mktemp("files")
     tensors = {f"t{i}": random_tensor(DTYPES[code], *shape) for i, (code, shape) in enumerate(kinds)}
-    plan = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    names = list(tensors)
-    random.shuffle(names)
-    with CheckpointWriter(folder, plan, max_shard_bytes=max_shard_bytes) as writer:
-        for name in names:
+    shards = plan_shards([[(name, x.dtype, tuple(x.shape))] for name, x in tensors.items()], max_shard_bytes)
+    for file_name, specs in shards.items():
+        halves = []
+        for name, _, _ in specs:
             flat = tensors[name].reshape(-1)
             cut = random.randint(0, len(flat))
-            writer.write(name, [flat[:cut], flat[cut:]])
+            halves.append([(name, flat[:cut]), (name, flat[cut:])])
+        with ShardWriter(folder / file_name, specs) as shard:
+            while halves:
+                turn = random.choice(halves)
+                shard.append(*turn.pop(0))
+                if not turn:
+                    halves.remove(turn)
+                if random.random() < 0.3:
+                    shard.close()
+    write_index(folder, shards)
     reader = CheckpointReader(folder)
     assert all(same_bits(reader.read(name), tensor) for name, tensor in tensors.items())
     for file in folder.glob("*.safetensors"):
@@ -121,7 +138,7 @@ PLAN = [("a", torch.float32, (4,)), ("b", torch.float32, (4,))]
     ("name", "pieces", "message"),
     [
         ("c", [torch.zeros(4)], "tensor c was not announced"),
-        ("b", [torch.zeros(4)], "tensor b was written before"),
+        ("b", [torch.zeros(4)], r"tensor b F32 \[4\] does not take a piece of F32 \[4\]"),
         ("a", [torch.zeros(4).bfloat16()], r"tensor a F32 \[4\] does not take a piece of BF16 \[4\]"),
         ("a", [torch.zeros(2), torch.zeros(3)], r"tensor a F32 \[4\] does not take a piece of F32 \[3\]"),
         ("a", [torch.zeros(3)], r"tensor a F32 \[4\] was given 4 bytes too few"),
@@ -131,9 +148,10 @@ PLAN = [("a", torch.float32, (4,)), ("b", torch.float32, (4,))]
 )
 def test_writer_refuses_what_was_not_announced(tmp_path: Path, name: str, pieces: list[Tensor], message: str) -> None:
     def write() -> None:
-        with CheckpointWriter(tmp_path, PLAN) as writer:
-            writer.write("b", [torch.zeros(4)])
-            writer.write(name, pieces)
+        with ShardWriter(tmp_path / "model.safetensors", PLAN) as shard:
+            shard.append("b", torch.zeros(4))
+            for piece in pieces:
+                shard.append(name, piece)
 
     with pytest.raises(CheckpointError, match=message):
         write()
@@ -141,22 +159,33 @@ def test_writer_refuses_what_was_not_announced(tmp_path: Path, name: str, pieces
 
 def test_unfinished_files_do_not_read_as_a_checkpoint(tmp_path: Path) -> None:
     def write() -> None:
-        with CheckpointWriter(tmp_path, PLAN) as writer:
-            writer.write("a", [torch.zeros(4)])
+        with ShardWriter(tmp_path / "model.safetensors", PLAN) as shard:
+            shard.append("a", torch.zeros(4))
 
-    with pytest.raises(CheckpointError, match=r"tensor b was never written \(1 missing\)"):
+    with pytest.raises(CheckpointError, match=r"tensor b F32 \[4\] was given 16 bytes too few"):
         write()
     with pytest.raises(CheckpointError, match="cut short inside tensor b"):
         CheckpointReader(tmp_path)
 
 
-def test_writer_refuses_bad_plans(tmp_path: Path) -> None:
+def test_a_group_stays_in_one_file() -> None:
+    tensors = [("codes", torch.int8, (100,)), ("scales", torch.float8_e8m0fnu, (10,))]
+    shards = plan_shards([[("first", torch.int8, (50,))], tensors, [("last", torch.int8, (60,))]], 155)
+    names = {file_name: [name for name, _, _ in specs] for file_name, specs in shards.items()}
+    assert names == {
+        "model-00001-of-00003.safetensors": ["first"],
+        "model-00002-of-00003.safetensors": ["codes", "scales"],
+        "model-00003-of-00003.safetensors": ["last"],
+    }
+
+
+def test_bad_plans_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="tensor a was announced twice"):
-        CheckpointWriter(tmp_path, [("a", torch.float32, (4,)), ("a", torch.float32, (4,))])
+        plan_shards([[("a", torch.float32, (4,))], [("a", torch.float32, (4,))]], 100)
     with pytest.raises(ValueError, match="max_shard_bytes 0"):
-        CheckpointWriter(tmp_path, [("a", torch.float32, (4,))], max_shard_bytes=0)
+        plan_shards([[("a", torch.float32, (4,))]], 0)
     with pytest.raises(CheckpointError, match=r"tensor a .*complex64"):
-        CheckpointWriter(tmp_path, [("a", torch.complex64, (4,))])
+        ShardWriter(tmp_path / "model.safetensors", [("a", torch.complex64, (4,))])
 
 
 # -- what the reader refuses --

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 
 from leadline.model.config import PRESETS, ModelConfig
 from leadline.model.transformer import Transformer
-from leadline.weights import save as save_module
-from leadline.weights.files import CheckpointWriter
+from leadline.weights.files import ShardWriter
 from leadline.weights.load import load_checkpoint
 from leadline.weights.names import NAMINGS, keeps_float32
 from leadline.weights.save import save_checkpoint
@@ -139,16 +138,16 @@ def test_failure_keeps_the_old_checkpoint_and_leaves_no_debris(
     old = build_model()
     save_checkpoint(old, TINY, tmp_path / "model")
     written = 0
-    write = CheckpointWriter.write
+    append = ShardWriter.append
 
-    def failing(self: CheckpointWriter, *arguments: object) -> None:
+    def failing(self: ShardWriter, name: str, piece: torch.Tensor) -> None:
         nonlocal written
         written += 1
         if written == 100:
             raise OSError(28, "No space left on device")
-        write(self, *arguments)  # type: ignore[arg-type]
+        append(self, name, piece)
 
-    monkeypatch.setattr(save_module.CheckpointWriter, "write", failing)
+    monkeypatch.setattr(ShardWriter, "append", failing)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(build_model(), TINY, tmp_path / "model", max_shard_bytes=50_000)
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
@@ -192,13 +191,13 @@ def test_saving_holds_no_second_copy(
     model = build_model(config)
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     samples: list[int] = []
-    write = CheckpointWriter.write
+    append = ShardWriter.append
 
-    def sampling(self: CheckpointWriter, *arguments: object) -> None:
-        write(self, *arguments)  # type: ignore[arg-type]
+    def sampling(self: ShardWriter, name: str, piece: torch.Tensor) -> None:
+        append(self, name, piece)
         samples.append(anonymous_bytes())
 
-    monkeypatch.setattr(save_module.CheckpointWriter, "write", sampling)
+    monkeypatch.setattr(ShardWriter, "append", sampling)
     before = anonymous_bytes()
     save_checkpoint(model, config, tmp_path / "model", naming=naming, dtype=torch.bfloat16)
     assert max(samples) - before < 0.1 * size
