@@ -130,6 +130,11 @@ class ModelConfig:
         """Compression ratio of each MTP block."""
         return self.compress_ratios[self.num_hidden_layers :]
 
+    @property
+    def has_draft_stages(self) -> bool:
+        """Whether the weights named `mtp.*` are the draft stages of the DSpark refresh instead of MTP blocks."""
+        return "dspark_block_size" in self.extra
+
     def is_hash_layer(self, layer: int) -> bool:
         """Whether this trunk layer routes by token id (report 2.1)."""
         return layer < self.num_hash_layers

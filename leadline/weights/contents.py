@@ -10,7 +10,7 @@ from pathlib import Path
 
 from leadline.weights.header import CheckpointError
 from leadline.weights.names import NAMINGS, Part, is_experts, is_mtp, model_order, to_ours
-from leadline.weights.stored import Quantised, Stored, StoredReader, Value
+from leadline.weights.stored import Stored, StoredReader, Value, rows_of
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,8 @@ class Contents:
         value = self.reader.read(place.stored.name)
         if part.expert is None:
             return value
-        value = value[part.expert]
-        if place.end is None:
-            return value
-        if not isinstance(value, Quantised):
-            return value[place.begin : place.end]
-        if place.begin % value.rows_per_scale:
-            raise CheckpointError(
-                f"{self.reader.file_of(place.stored.name)}: tensor {place.stored.name} fuses two matrices of "
-                f"{place.begin} rows under scales for {value.rows_per_scale} rows: they cannot be told apart"
-            )
-        return value.rows(place.begin, place.end)
+        matrix = value[part.expert]
+        return matrix if place.end is None else rows_of(matrix, place.begin, place.end)
 
     def matrices(self, ours: str) -> list[Part]:
         """The parts of a tensor of ours that `read` gives one at a time."""
@@ -100,11 +91,8 @@ class Contents:
                     f"{self.reader.file_of(stored.name)}: tensor {stored.name} is {stored}, expected "
                     f"{'a stack of matrices' if stacked else 'a matrix, vector or number'}"
                 )
-        if len(parts) > 1 and stored.shape[1] % len(parts):
-            raise CheckpointError(
-                f"{self.reader.file_of(stored.name)}: tensor {stored.name} is {stored}, expected an even number of rows, "
-                f"for two matrices"
-            )
+        if len(parts) > 1:
+            self.reader.check_fused(stored.name, len(parts))
 
     def _shape(self, ours: str, places: dict[int | None, Place]) -> tuple[int, ...]:
         if None in places:

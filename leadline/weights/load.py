@@ -1,5 +1,7 @@
 """From a folder of weights into a model.
 
+Quantised weights are dequantised on the way in, matrix by matrix, when the caller names a dtype.
+
 Everything is checked before the first byte is copied: every tensor of the model must be in the folder, every tensor of
 the folder must belong to the model, and shapes and dtypes must fit. A model is therefore never left half loaded by a
 file that does not fit, and no weight keeps its old value in silence.
@@ -7,7 +9,7 @@ file that does not fit, and no weight keeps its old value in silence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +18,9 @@ from torch import Tensor, nn
 
 from leadline.model.config import ModelConfig
 from leadline.model.transformer import Transformer
-from leadline.weights.files import CheckpointReader
-from leadline.weights.header import CASTABLE, CheckpointError, TensorInfo, dtype_name
+from leadline.weights.header import CASTABLE, CheckpointError, dtype_name
 from leadline.weights.names import NAMINGS, FileTensor, file_tensors, is_mtp, keeps_float32
-
-QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.int8, torch.uint8)
+from leadline.weights.stored import PLAIN, Stored, StoredReader, Value, pieces, rows_of
 
 
 def load_checkpoint(
@@ -34,9 +34,11 @@ def load_checkpoint(
 
     dtype: of the weights (the few that the release keeps in float32 stay so); None: as the files have them, which
     makes load(save(model)) bitwise. with_mtp: whether to build and load the MTP blocks; False leaves `mtp.*` of the
-    folder unread. Errors: ConfigError, and those of `load_weights`.
+    folder unread. They are unread too where they are the draft stages of the DSpark refresh, which the model has not.
+    Errors: ConfigError, and those of `load_weights`.
     """
     config = ModelConfig.from_file(folder)
+    with_mtp = with_mtp and not config.has_draft_stages
     with torch.device("meta"):
         model = Transformer(config, with_mtp=with_mtp)
     load_weights(model, folder, dtype=dtype, device=device, ignore_mtp=not with_mtp)
@@ -53,12 +55,13 @@ def load_weights(
 ) -> None:
     """Fill all parameters and persistent buffers of `model` from a folder, under whichever naming it uses.
 
-    Tensors are streamed one by one into their place, experts into their slice of the stack: beside the model itself at
-    most one tensor is in memory. A tensor on the meta device is allocated on `device` first.
+    Tensors are streamed one by one into their place, experts into their slice of the stack: beside the model itself
+    pieces of one matrix are in memory. A tensor on the meta device is allocated on `device` first.
 
     dtype: float32, bfloat16 or float16 for all floating tensors except those that the release keeps in float32. None:
     an allocated tensor keeps its dtype, one on the meta device takes that of the file. Values are cast between these
-    three dtypes; any other difference is an error, and so is a value too large for float16. ignore_mtp: leave `mtp.*`
+    three dtypes, and FP8 and FP4 weights are dequantised into them; any other difference is an error, and so is a value
+    too large for float16. ignore_mtp: leave `mtp.*`
     tensors of the folder unread; for a model built without MTP blocks.
 
     Raises CheckpointError (a ValueError) with the tensor, what was expected and what was found. Until all checks have
@@ -66,14 +69,13 @@ def load_weights(
     """
     if dtype is not None and dtype not in CASTABLE:
         raise ValueError(f"weights cannot be loaded as {dtype}, only as {', '.join(map(str, CASTABLE))}")
-    reader = CheckpointReader(folder)
-    _refuse_quantised(reader)
+    reader = StoredReader(folder)
     tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
     expected = _expected_tensors(reader, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     _check_names(reader, expected, ignore_mtp)
     dtypes = _choose_dtypes(reader, expected, tensors, dtype)
     places = {name: _Place(model, name, tensor, dtypes[name], device) for name, tensor in tensors.items()}
-    for name in reader.tensors:
+    for name in reader.entries:
         if name in expected:
             _copy(reader, expected[name], places)
 
@@ -104,41 +106,32 @@ class _Place:
         self.tensor = fresh
 
 
-def _refuse_quantised(reader: CheckpointReader) -> None:
-    for name, info in reader.tensors.items():
-        if info.dtype in QUANTISED:
-            raise CheckpointError(
-                f"{reader.file_of(name)}: tensor {name} is {info}: loading FP8 and FP4 weights is not supported yet, "
-                f"convert the checkpoint to bfloat16 first"
-            )
-
-
-def _expected_tensors(reader: CheckpointReader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FileTensor]:
+def _expected_tensors(reader: StoredReader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FileTensor]:
     """What the folder should hold, under the naming that most of its tensors follow."""
     candidates = {naming: file_tensors(shapes, naming) for naming in NAMINGS}
-    hits = {naming: len(candidates[naming].keys() & reader.tensors.keys()) for naming in NAMINGS}
+    hits = {naming: len(candidates[naming].keys() & reader.entries.keys()) for naming in NAMINGS}
     best = max(NAMINGS, key=lambda naming: hits[naming])
     if not hits[best]:
         raise CheckpointError(
-            f"{reader.folder}: none of its tensors is one of this model's: it has {_some(reader.tensors)}, "
+            f"{reader.folder}: none of its tensors is one of this model's: it has {_some(reader.entries)}, "
             f"expected {_some(candidates[best])}"
         )
     return candidates[best]
 
 
-def _check_names(reader: CheckpointReader, expected: Mapping[str, FileTensor], ignore_mtp: bool) -> None:
-    missing = [name for name in expected if name not in reader.tensors]
+def _check_names(reader: StoredReader, expected: Mapping[str, FileTensor], ignore_mtp: bool) -> None:
+    missing = [name for name in expected if name not in reader.entries]
     if missing:
         hint = "; to do without, build the model with_mtp=False" if all(map(is_mtp, missing)) else ""
         raise CheckpointError(f"{reader.folder}: lacks {_some(missing)}{hint}")
-    surplus = [name for name in reader.tensors if name not in expected and not (ignore_mtp and is_mtp(name))]
+    surplus = [name for name in reader.entries if name not in expected and not (ignore_mtp and is_mtp(name))]
     if surplus:
         hint = "; to leave them unread, pass ignore_mtp=True" if all(map(is_mtp, surplus)) else ""
         raise CheckpointError(f"{reader.folder}: holds {_some(surplus)}, which the model does not have{hint}")
 
 
 def _choose_dtypes(
-    reader: CheckpointReader,
+    reader: StoredReader,
     expected: Mapping[str, FileTensor],
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype | None,
@@ -146,20 +139,29 @@ def _choose_dtypes(
     """The dtype that each tensor of the model will have; all shapes and dtypes are checked on the way."""
     chosen: dict[str, torch.dtype] = {}
     for name, wanted in expected.items():
-        info = reader.tensors[name]
+        info = reader.entries[name]
+        if len(wanted.parts) > 1 and len(info.shape) == 3:
+            reader.check_fused(name, len(wanted.parts))
         for part in wanted.parts:
             target = chosen.setdefault(part.ours, _dtype_of(part.ours, tensors, info, dtype))
-            # What takes the file's dtype takes one dtype: experts that differ would be rounded by chance.
-            castable = info.dtype in CASTABLE and target in CASTABLE and not _as_found(part.ours, tensors, dtype)
-            if info.shape != wanted.shape or not (info.dtype == target or castable):
+            if info.shape != wanted.shape or not _takes(target, info, _as_found(part.ours, tensors, dtype)):
                 raise CheckpointError(
                     f"{reader.file_of(name)}: tensor {name} is {info}, "
                     f"the model's {part.ours} needs {dtype_name(target)} {list(wanted.shape)}"
+                    + (": name a dtype to dequantise it to" if info.format != PLAIN and dtype is None else "")
                 )
     return chosen
 
 
-def _dtype_of(ours: str, tensors: Mapping[str, Tensor], info: TensorInfo, dtype: torch.dtype | None) -> torch.dtype:
+def _takes(target: torch.dtype, info: Stored, as_found: bool) -> bool:
+    """Whether a tensor of the model that has, or gets, a dtype can be filled from a weight."""
+    if info.format != PLAIN:
+        return target in CASTABLE
+    # What takes the file's dtype takes one dtype: experts that differ would be rounded by chance.
+    return info.dtype == target or (info.dtype in CASTABLE and target in CASTABLE and not as_found)
+
+
+def _dtype_of(ours: str, tensors: Mapping[str, Tensor], info: Stored, dtype: torch.dtype | None) -> torch.dtype:
     own = tensors[ours]
     if _as_found(ours, tensors, dtype):
         return info.dtype
@@ -175,17 +177,34 @@ def _as_found(ours: str, tensors: Mapping[str, Tensor], dtype: torch.dtype | Non
 
 
 @torch.no_grad()
-def _copy(reader: CheckpointReader, wanted: FileTensor, places: Mapping[str, _Place]) -> None:
+def _copy(reader: StoredReader, wanted: FileTensor, places: Mapping[str, _Place]) -> None:
     found = reader.read(wanted.name)
     targets = [places[part.ours].slice(part.expert) for part in wanted.parts]
-    pieces = found.split([target.shape[1] for target in targets], dim=1) if len(targets) > 1 else [found]
-    for target, piece in zip(targets, pieces, strict=True):
-        target.copy_(piece)
-        if target.dtype == torch.float16 and bool((target.cpu().isinf() & piece.isfinite()).any()):
-            raise CheckpointError(
-                f"{reader.file_of(wanted.name)}: tensor {wanted.name} has values that float16 cannot hold, "
-                f"load it as bfloat16 or float32"
-            )
+    for target, matrix in _matrices(found, targets):
+        begin = 0
+        for piece in pieces(matrix):
+            values = piece if isinstance(piece, Tensor) else piece.float()
+            rows = target if values.ndim < 2 else target[begin : begin + len(values)]
+            rows.copy_(values)
+            if target.dtype == torch.float16 and bool((rows.cpu().isinf() & values.isfinite()).any()):
+                raise CheckpointError(
+                    f"{reader.file_of(wanted.name)}: tensor {wanted.name} has values that float16 cannot hold, "
+                    f"load it as bfloat16 or float32"
+                )
+            begin += len(values) if values.ndim else 0
+
+
+def _matrices(found: Value, targets: list[Tensor]) -> Iterator[tuple[Tensor, Value]]:
+    """The matrices of a weight, each with the place it goes to; what is no stack goes whole."""
+    if len(found.shape) < 3:
+        yield targets[0], found
+        return
+    for expert in range(found.shape[0]):
+        matrix, begin = found[expert], 0
+        for target in targets:
+            height = target.shape[1]
+            yield target[expert], rows_of(matrix, begin, begin + height)
+            begin += height
 
 
 def _some(names: Iterable[str]) -> str:

@@ -137,6 +137,16 @@ class StoredReader:
             self._checked.add(name)
         return Quantised(entry.format, self.files.read(name), scale)
 
+    def check_fused(self, name: str, count: int) -> None:
+        """CheckpointError unless each matrix of a stack can be cut into `count` equal runs of rows with their scales."""
+        entry = self.entries[name]
+        height, rest = divmod(entry.shape[1], count)
+        if rest or (entry.format == FP8 and height % fp8.WEIGHT_BLOCK):
+            raise CheckpointError(
+                f"{self.file_of(name)}: tensor {name} is {entry}, which is not cut into {count} matrices of equal height"
+                + (f" and whole blocks of {fp8.WEIGHT_BLOCK} rows" if entry.format == FP8 else "")
+            )
+
     def _scale_of(self, name: str) -> str:
         candidates = [scale_name(name, naming) for naming in ("official", "transformers")]
         for candidate in candidates:
@@ -203,7 +213,12 @@ def pieces(value: Value) -> Iterator[Value]:
     step = max(1, VALUES_PER_PIECE // max(columns, 1) // fp8.WEIGHT_BLOCK) * fp8.WEIGHT_BLOCK
     for begin in range(0, rows, step):
         end = min(begin + step, rows)
-        yield value.rows(begin, end) if isinstance(value, Quantised) else value[begin:end]
+        yield rows_of(value, begin, end)
+
+
+def rows_of(value: Value, begin: int, end: int) -> Value:
+    """Some rows of a matrix. AssertionError where they begin inside of a block of FP8."""
+    return value.rows(begin, end) if isinstance(value, Quantised) else value[begin:end]
 
 
 def as_float(value: Value) -> Tensor:

@@ -40,8 +40,13 @@ def rms_norm_fwd_kernel(
     offsets = rows[:, None] * D + columns[None, :]
     inside = (rows < num_rows)[:, None] & (columns < D)[None, :]
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    y = x * tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
-    if weight_ptr is not None:
+    if weight_ptr is None:
+        # Every step is rounded to the dtype of x, as in the published code.
+        dtype = x_ptr.dtype.element_ty
+        mean_square = (tl.sum((x * x).to(dtype).to(tl.float32), axis=1) / D).to(dtype).to(tl.float32)
+        y = x * tl.rsqrt((mean_square + eps).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)[:, None]
+    else:
+        y = x * tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
         y *= tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
 

@@ -21,6 +21,8 @@ class RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
+        if weight is None and x.dtype != wide(x).dtype:
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         y = wide(x)
         y = y * _inverse_rms(y, eps)
         if weight is not None:
