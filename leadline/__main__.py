@@ -21,6 +21,7 @@ VERBS = {
     "train": "leadline.recipes.train",
     "plan": "leadline.recipes.plan",
     "verify": "leadline.recipes.verify",
+    "weights": "leadline.recipes.weights",
     "bench": "leadline.recipes.bench",
 }
 

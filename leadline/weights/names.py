@@ -98,7 +98,7 @@ _ENDS = (
 
 # What an MTP block has beside the tensors of any block. transformers knows no MTP block and ignores `mtp.*` in a file:
 # the official names are kept there, so that nothing is lost on the way through.
-_MTP_ONLY = (
+MTP_ONLY = (
     "e_proj.weight", "h_proj.weight", "enorm.weight", "hnorm.weight", "norm.weight", "hc_head.fn", "hc_head.base",
     "hc_head.scale",
 )  # fmt: skip
@@ -170,7 +170,7 @@ TABLE: tuple[Row, ...] = (
     *(Row(ours, _official(ours), transformers, saved) for ours, transformers, saved in _ENDS),
     *(_trunk_row(ours, transformers) for ours, transformers in _BLOCK),
     *(_mtp_row(ours) for ours, _ in _BLOCK),
-    *(_mtp_row(ours) for ours in (*_MTP_ONLY, *_DSPARK_ONLY)),
+    *(_mtp_row(ours) for ours in (*MTP_ONLY, *_DSPARK_ONLY)),
 )
 
 
