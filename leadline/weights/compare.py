@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from leadline.weights.contents import Contents
-from leadline.weights.stored import Quantised, Value, as_float, pieces
+from leadline.weights.stored import Quantized, Value, as_float, pieces
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _difference(first: Contents, second: Contents, ours: str, advance: Callable[
 
 
 def _same_bytes(a: Value, b: Value) -> bool:
-    if isinstance(a, Quantised) and isinstance(b, Quantised):
+    if isinstance(a, Quantized) and isinstance(b, Quantized):
         return a.format == b.format and _same_bits(a.codes, b.codes) and _same_bits(a.scale, b.scale)
     return isinstance(a, Tensor) and isinstance(b, Tensor) and _same_bits(a, b)
 

@@ -125,7 +125,7 @@ def _form(contents: Contents, ours: str, conversion: Conversion) -> Form:
     first = found[0]
     if conversion.format is not None:
         scales = conversion.scales or SCALES.get(conversion.format, torch.float32)
-        return form_of(ours, first.dtype, conversion.format, scales)
+        return form_of(ours, first.dtype if first.format == PLAIN else torch.float32, conversion.format, scales)
     for other in found:
         if (other.format, other.dtype, other.scale_dtype) != (first.format, first.dtype, first.scale_dtype):
             raise CheckpointError(

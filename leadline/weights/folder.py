@@ -74,7 +74,7 @@ def resumable_folder(target: str | Path, work: str, *, replaceable: Sequence[str
     partial.mkdir(exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(lock, target)
         for other in target.parent.glob(f".{glob_escape(target.name)}.partial-*"):
             if other != partial:
                 shutil.rmtree(other, ignore_errors=True)
@@ -92,6 +92,14 @@ def resumable_folder(target: str | Path, work: str, *, replaceable: Sequence[str
         os.close(lock)
     _sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _lock(descriptor: int, target: Path) -> None:
+    """Until the descriptor is closed, or the process ends in whatever way, no other process gets past this."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BlockingIOError(error.errno, f"{target} is being written by another process: wait for it") from None
 
 
 def _swap(temporary: Path, target: Path, old: Path) -> None:

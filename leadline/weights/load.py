@@ -140,8 +140,6 @@ def _choose_dtypes(
     chosen: dict[str, torch.dtype] = {}
     for name, wanted in expected.items():
         info = reader.entries[name]
-        if len(wanted.parts) > 1 and len(info.shape) == 3:
-            reader.check_fused(name, len(wanted.parts))
         for part in wanted.parts:
             target = chosen.setdefault(part.ours, _dtype_of(part.ours, tensors, info, dtype))
             if info.shape != wanted.shape or not _takes(target, info, _as_found(part.ours, tensors, dtype)):
@@ -150,6 +148,8 @@ def _choose_dtypes(
                     f"the model's {part.ours} needs {dtype_name(target)} {list(wanted.shape)}"
                     + (": name a dtype to dequantise it to" if info.format != PLAIN and dtype is None else "")
                 )
+        if len(wanted.parts) > 1:
+            reader.check_fused(name, len(wanted.parts))
     return chosen
 
 

@@ -37,7 +37,7 @@ VALUES_PER_PIECE = 1 << 25
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantized:
     """Codes and scales of a matrix or of a stack of them, in one of the formats FP8 and FP4."""
 
     format: str
@@ -50,20 +50,20 @@ class Quantised:
         *front, columns = self.codes.shape
         return (*front, 2 * columns if self.format == FP4 else columns)
 
-    def __getitem__(self, number: int) -> Quantised:
+    def __getitem__(self, number: int) -> Quantized:
         """One matrix of a stack."""
-        return Quantised(self.format, self.codes[number], self.scale[number])
+        return Quantized(self.format, self.codes[number], self.scale[number])
 
     @property
     def rows_per_scale(self) -> int:
         """How many rows of a matrix share a scale."""
         return fp8.WEIGHT_BLOCK if self.format == FP8 else 1
 
-    def rows(self, begin: int, end: int) -> Quantised:
+    def rows(self, begin: int, end: int) -> Quantized:
         """Some rows of a matrix, from the first row of a block on."""
         block = self.rows_per_scale
         assert begin % block == 0, f"row {begin} is inside of a block"
-        return Quantised(self.format, self.codes[begin:end], self.scale[begin // block : -(-end // block)])
+        return Quantized(self.format, self.codes[begin:end], self.scale[begin // block : -(-end // block)])
 
     def float(self) -> Tensor:
         """The values, in float32."""
@@ -72,7 +72,7 @@ class Quantised:
         return fp4.dequantize(self.codes, self.scale)
 
 
-Value = Tensor | Quantised
+Value = Tensor | Quantized
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class StoredReader:
         if name not in self._checked:
             self._check_scales(entry.scale, scale)
             self._checked.add(name)
-        return Quantised(entry.format, self.files.read(name), scale)
+        return Quantized(entry.format, self.files.read(name), scale)
 
     def check_fused(self, name: str, count: int) -> None:
         """CheckpointError unless each matrix of a stack can be cut into `count` equal runs of rows with their scales."""
@@ -195,7 +195,7 @@ def scale_shape(form: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*front, rows, columns // fp4.BLOCK)
 
 
-def quantised_specs(
+def quantized_specs(
     name: str, scale: str, form: str, shape: tuple[int, ...], scale_dtype: torch.dtype
 ) -> tuple[TensorSpec, TensorSpec]:
     """What a file holds for a weight with values of this shape: its codes and its scales."""
@@ -218,12 +218,12 @@ def pieces(value: Value) -> Iterator[Value]:
 
 def rows_of(value: Value, begin: int, end: int) -> Value:
     """Some rows of a matrix. AssertionError where they begin inside of a block of FP8."""
-    return value.rows(begin, end) if isinstance(value, Quantised) else value[begin:end]
+    return value.rows(begin, end) if isinstance(value, Quantized) else value[begin:end]
 
 
 def as_float(value: Value) -> Tensor:
     """The values in float32, or as they are where they are no floating numbers."""
-    if isinstance(value, Quantised):
+    if isinstance(value, Quantized):
         return value.float()
     return value.float() if value.is_floating_point() else value
 
@@ -236,12 +236,12 @@ def encode(value: Value, form: str, dtype: torch.dtype, name: str) -> tuple[Tens
     form that is asked for are kept as they are, and their scales too where `dtype` can hold them.
     """
     if form == PLAIN:
-        if isinstance(value, Quantised):
+        if isinstance(value, Quantized):
             return (value.float().to(dtype),)
         return (value.to(dtype) if value.is_floating_point() else value,)
-    if isinstance(value, Quantised) and value.format == form and _fits(value.scale, dtype):
+    if isinstance(value, Quantized) and value.format == form and _fits(value.scale, dtype):
         return value.codes.view(CODE_DTYPE[form]), _scale_as(value.scale, dtype)
-    if isinstance(value, Quantised) and (value.format, form) == (FP4, FP8):
+    if isinstance(value, Quantized) and (value.format, form) == (FP4, FP8):
         try:
             codes, scale = fp4.to_fp8(value.codes, value.scale, name)
         except ValueError as error:

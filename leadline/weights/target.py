@@ -24,8 +24,17 @@ from leadline.formats import fp4, fp8
 from leadline.model.config import ModelConfig
 from leadline.weights.files import MAX_SHARD_BYTES, ShardWriter, TensorSpec, plan_shards, write_index
 from leadline.weights.header import CheckpointError, num_bytes
-from leadline.weights.names import FileTensor, Part, file_tensors, is_experts, is_linear, keeps_float32, scale_name
-from leadline.weights.stored import FP4, FP8, PLAIN, Value, encode, pieces, quantised_specs
+from leadline.weights.names import (
+    FileTensor,
+    Part,
+    file_tensors,
+    is_experts,
+    is_linear,
+    keeps_float32,
+    model_order,
+    scale_name,
+)
+from leadline.weights.stored import FP4, FP8, PLAIN, Value, encode, pieces, quantized_specs
 
 BF16 = "bf16"
 FORMATS = (BF16, FP8, FP4)
@@ -67,7 +76,7 @@ class Output:
 
 
 def form_of(ours: str, dtype: torch.dtype, target: str, scales: torch.dtype) -> Form:
-    """The form of a tensor of ours, found as `dtype`, in one of FORMATS with scales of a dtype."""
+    """The form of a tensor of ours, whose values have a dtype, in one of FORMATS with scales of a dtype."""
     if target not in FORMATS:
         raise ValueError(f"format {target!r} is not one of {', '.join(FORMATS)}")
     if target != BF16 and (is_linear(ours) or is_experts(ours)):
@@ -78,12 +87,13 @@ def form_of(ours: str, dtype: torch.dtype, target: str, scales: torch.dtype) -> 
 
 
 def plan(shapes: Mapping[str, tuple[int, ...]], forms: Mapping[str, Form], naming: str) -> list[Output]:
-    """All weights of a folder, given shape and form of each tensor of ours, in the order of `shapes`.
+    """All weights of a folder, given shape and form of each tensor of ours, in the order of the model.
 
     CheckpointError where a form does not fit a shape: FP4 needs rows of whole blocks of 32, and two experts' matrices
     that the naming fuses need heights of whole blocks of 128 under FP8.
     """
-    return [_output(tensor, forms, naming) for tensor in file_tensors(shapes, naming).values()]
+    ordered = {ours: shapes[ours] for ours in sorted(shapes, key=model_order)}
+    return [_output(tensor, forms, naming) for tensor in file_tensors(ordered, naming).values()]
 
 
 def config_of(config: ModelConfig, target: str) -> ModelConfig:
@@ -151,7 +161,7 @@ def _output(tensor: FileTensor, forms: Mapping[str, Form], naming: str) -> Outpu
             f"keep the official names, which store them apart"
         )
     scale = scale_name(tensor.name, naming)
-    return Output(tensor, form, quantised_specs(tensor.name, scale, form.kind, tensor.shape, form.dtype))
+    return Output(tensor, form, quantized_specs(tensor.name, scale, form.kind, tensor.shape, form.dtype))
 
 
 def _write(output: Output, read: Callable[[Part], Value], shard: ShardWriter, advance: Advance) -> None:
