@@ -154,7 +154,10 @@ def _format_problems(config: ModelConfig, contents: Contents) -> Iterator[str]:
         ("experts", is_experts, config.expert_dtype if quantised else PLAIN),
         ("linear maps", is_linear, FP8 if quantised else PLAIN),
     ):
-        names = {stored.format: stored.name for ours in filter(chosen, contents.shapes) for stored in contents.stored(ours)}
+        names: dict[str, str] = {}  # one tensor of each format
+        for ours in filter(chosen, contents.shapes):
+            for stored in contents.stored(ours):
+                names.setdefault(stored.format, stored.name)
         if len(names) > 1:
             yield f"{what} have several formats: " + ", ".join(f"{names[form]} is {form}" for form in sorted(names))
         elif announced is not None and names and announced not in names:

@@ -14,8 +14,12 @@ from leadline.weights.names import (
     TABLE,
     Part,
     file_tensors,
+    is_experts,
+    is_linear,
     is_mtp,
     keeps_float32,
+    model_order,
+    scale_name,
     to_file,
     to_ours,
 )
@@ -166,3 +170,39 @@ def test_tensors_that_the_release_keeps_in_float32() -> None:
     assert kept == hyper | {"attn.attn_sink", "attn.compressor.ape", "attn.indexer.compressor.ape", "ffn.gate.bias"}
     assert keeps_float32("mtp.0.hc_head.fn")
     assert keeps_float32("layers.3.ffn.gate.bias")
+
+
+def test_tensors_that_the_release_quantises() -> None:
+    """Written down from the dtypes of the released headers."""
+    names = [name for name in our_shapes(PRESETS["tiny"]) if name.startswith(("layers.3.", "mtp.0.", "embed", "head"))]
+    linear = {name.split(".", 2)[-1] for name in names if is_linear(name)}
+    attention = {f"attn.{name}.weight" for name in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "indexer.wq_b")}
+    shared = {f"ffn.shared_experts.{name}.weight" for name in ("w1", "w2", "w3")}
+    assert linear == attention | shared | {"e_proj.weight", "h_proj.weight"}
+    assert is_linear("mtp.0.main_proj.weight")
+    experts = {name.split(".", 2)[-1] for name in names if is_experts(name)}
+    assert experts == {"ffn.experts.w1", "ffn.experts.w2", "ffn.experts.w3"}
+
+
+@pytest.mark.parametrize(
+    ("name", "naming", "scale"),
+    [
+        ("layers.3.attn.wq_a.weight", "official", "layers.3.attn.wq_a.scale"),
+        ("layers.3.ffn.experts.7.w1.weight", "official", "layers.3.ffn.experts.7.w1.scale"),
+        ("model.layers.3.self_attn.q_a_proj.weight", "transformers", "model.layers.3.self_attn.q_a_proj.weight_scale_inv"),
+        ("model.layers.3.mlp.experts.down_proj", "transformers", "model.layers.3.mlp.experts.down_proj_scale_inv"),
+        ("mtp.0.e_proj.weight", "transformers", "mtp.0.e_proj.scale"),
+    ],
+)
+def test_names_of_scales(name: str, naming: str, scale: str) -> None:
+    assert scale_name(name, naming) == scale
+    assert to_ours(scale, naming) == (), "scales are no tensors of the model"
+
+
+def test_order_of_a_folder() -> None:
+    names = ["mtp.0.norm.weight", "norm.weight", "layers.10.attn_norm.weight", "layers.2.ffn.gate.weight",
+             "layers.2.attn_norm.weight", "head.weight", "embed.weight"]  # fmt: skip
+    assert sorted(names, key=model_order) == [
+        "embed.weight", "layers.2.attn_norm.weight", "layers.2.ffn.gate.weight", "layers.10.attn_norm.weight",
+        "norm.weight", "head.weight", "mtp.0.norm.weight",
+    ]  # fmt: skip
