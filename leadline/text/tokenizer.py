@@ -66,6 +66,12 @@ _NUM_FRAME_TOKENS = 3
 
 _ALPHABET = frozenset(pre_tokenizers.ByteLevel.alphabet())
 
+# Byte-level BPE writes a printable byte as the character of that code, and the others as U+0100 and up, in their order.
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(0x100 + n): byte for n, byte in enumerate(sorted(set(range(0x100)) - set(_PRINTABLE)))
+}
+
 # V4's three cuts, verbatim from the official file; in the second, the ideographs U+4E00 to U+9FA5 and both kana blocks.
 _DIGITS = r"\p{N}{1,3}"
 _IDEOGRAPHS = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
@@ -86,6 +92,12 @@ class TokenizerError(ValueError):
     """A tokenizer file or a text cannot be used; one line that names it and says what to do."""
 
 
+class Control(str):
+    """A control token by its spelling. Prompts are lists of pieces: a `Control` is that token, any other `str` text."""
+
+    __slots__ = ()
+
+
 class Tokenizer:
     """Byte-level BPE with control tokens; made by `load` or `train`."""
 
@@ -103,6 +115,7 @@ class Tokenizer:
         self._config = dict(config)
         self._name = name
         self._control = {token.content: id for id, token in backend.get_added_tokens_decoder().items()}
+        self._control_by_id = {id: Control(token) for token, id in self._control.items()}
         self._require_literal_view_reaches_no_control_token()
         self._vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
@@ -183,6 +196,25 @@ class Tokenizer:
             raise
         return [encoding.ids for encoding in encodings]
 
+    def encode_pieces(self, pieces: Iterable[str]) -> list[int]:
+        """Token ids of a prompt: each `Control` becomes its token, every other piece is text that cannot forge one.
+
+        Neighbouring texts are encoded as one, so the ids do not depend on how a text was cut into pieces.
+        """
+        controls: list[int] = []
+        texts: list[list[str]] = [[]]
+        for piece in pieces:
+            if isinstance(piece, Control):
+                controls.append(self.token_id(piece))
+                texts.append([])
+            else:
+                texts[-1].append(piece)
+        first, *others = self.encode_batch(["".join(text) for text in texts])
+        for control, ids in zip(controls, others, strict=True):
+            first.append(control)
+            first.extend(ids)
+        return first
+
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Text of token ids; bytes that are not UTF-8, such as half a character, become U+FFFD.
 
@@ -191,11 +223,7 @@ class Tokenizer:
         """
         ids = list(ids)
         for id in ids:
-            if not 0 <= id < self._vocab_size:
-                raise TokenizerError(
-                    f"{self._name}: id {id} is outside the vocabulary of {self._vocab_size} tokens; "
-                    f"a model with more rows must not sample the unused ones"
-                )
+            self._require_in_vocabulary(id)
         return self._parsing.decode(ids, skip_special_tokens=skip_special)
 
     # -- the vocabulary ---------------------------------------------------------------------------------------
@@ -221,6 +249,23 @@ class Tokenizer:
             raise TokenizerError(f"{self._name}: has no control token {token!r}; it needs V4's special tokens")
         return self._control[token]
 
+    def control_token(self, id: int) -> Control | None:
+        """The control token of an id, or None if the id stands for text."""
+        return self._control_by_id.get(id)
+
+    def token_bytes(self, id: int) -> bytes:
+        """UTF-8 bytes of text that one id stands for, perhaps a part of a character; none for a control token."""
+        self._require_in_vocabulary(id)
+        if id in self._control_by_id:
+            return b""
+        token = self._parsing.id_to_token(id)
+        if token is None:
+            raise TokenizerError(f"{self._name}: id {id} stands for no token; a model must not sample it")
+        try:
+            return bytes(map(_BYTE_OF.__getitem__, token))
+        except KeyError:
+            raise self._not_bytes(token) from None
+
     @cached_property
     def token_bytes_V(self) -> np.ndarray:
         """UTF-8 bytes of text that each id stands for, int64 [V]; control tokens stand for none.
@@ -233,9 +278,7 @@ class Tokenizer:
             if id in control:
                 continue
             if not _ALPHABET.issuperset(token):
-                raise TokenizerError(
-                    f"{self._name}: token {token!r} is not spelled in bytes; counting bytes needs a byte-level BPE"
-                )
+                raise self._not_bytes(token)
             bytes_V[id] = len(token)
         return bytes_V
 
@@ -248,6 +291,18 @@ class Tokenizer:
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
     # -- inside -----------------------------------------------------------------------------------------------
+
+    def _require_in_vocabulary(self, id: int) -> None:
+        if not 0 <= id < self._vocab_size:
+            raise TokenizerError(
+                f"{self._name}: id {id} is outside the vocabulary of {self._vocab_size} tokens; "
+                f"a model with more rows must not sample the unused ones"
+            )
+
+    def _not_bytes(self, token: str) -> TokenizerError:
+        return TokenizerError(
+            f"{self._name}: token {token!r} is not spelled in bytes; its text is unknown; use a byte-level BPE"
+        )
 
     def _frame_id(self, key: str, default: str) -> int:
         token = self._config.get(key)

@@ -305,7 +305,7 @@ def test_file_without_v4_tokens_says_so(tmp_path: Path) -> None:
     assert loaded.encode("a") == [0]
     with pytest.raises(TokenizerError, match="has no control token '<｜begin▁of▁sentence｜>'"):
         _ = loaded.bos_id
-    with pytest.raises(TokenizerError, match="counting bytes needs a byte-level BPE"):
+    with pytest.raises(TokenizerError, match="its text is unknown; use a byte-level BPE"):
         _ = loaded.token_bytes_V
 
 
