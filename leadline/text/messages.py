@@ -235,7 +235,7 @@ def _read_call(fields: _Fields, item: Mapping[str, object]) -> Call:
     if isinstance(arguments, str):
         arguments = _parsed_arguments(arguments)
     if not is_mapping(arguments):
-        raise fields.wrong(f"the arguments of {name!r} are a {type(arguments).__name__}", "give a JSON object")
+        raise fields.wrong(f"the arguments of {name!r} are of type {type(arguments).__name__}", "give a JSON object")
     fields.json("tool_calls", arguments)
     return Call(name, arguments)
 
@@ -263,14 +263,16 @@ class _Fields:
     def __init__(self, index: int, values: object) -> None:
         self.index = index
         if not is_mapping(values):
-            raise self.wrong(f"a {type(values).__name__}", 'give an object such as {"role": "user", "content": "Hi"}')
+            raise self.wrong(
+                f"it is of type {type(values).__name__}", 'give an object such as {"role": "user", "content": "Hi"}'
+            )
         self.values = values
 
     def role(self) -> str:
         role = known(self.values.get("role"), ROLES, f"message {self.index}: role")
         for key, roles in _ROLES_WITH.items():
             if self.values.get(key) and role not in roles:
-                raise self.wrong(f"a {role} message has {key}", f"only {' and '.join(roles)} messages can")
+                raise self.wrong(f"the role {role} has no {key}", f"only {' and '.join(roles)} messages can")
         return role
 
     def text(self, key: str) -> str | None:
@@ -298,7 +300,7 @@ class _Fields:
 
     def task(self, allowed: Sequence[str]) -> str | None:
         task = self.values.get("task")
-        what = f"message {self.index}: task of a {self.values['role']} message"
+        what = f"message {self.index}: {self.values['role']} task"
         return None if task is None else known(task, allowed, what)
 
     def json(self, key: str, value: object) -> str:
@@ -313,7 +315,7 @@ class _Fields:
 
     def _part(self, part: object) -> str:
         if not is_mapping(part):
-            raise self.wrong(f"a content part is a {type(part).__name__}", 'use {"type": "text", "text": ...}')
+            raise self.wrong(f"a content part is of type {type(part).__name__}", 'use {"type": "text", "text": ...}')
         if part.get("type") == "text":
             return _Fields(self.index, part).text("text") or ""
         if self.values["role"] == "tool":
@@ -322,7 +324,7 @@ class _Fields:
 
     def _checked(self, key: str, value: object) -> str:
         if not isinstance(value, str):
-            raise self.wrong(f"{key} is a {type(value).__name__}", "give text")
+            raise self.wrong(f"{key} is of type {type(value).__name__}", "give text")
         try:
             value.encode("utf8")
         except UnicodeEncodeError as error:

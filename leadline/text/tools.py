@@ -1,7 +1,7 @@
 """Tools: how a prompt declares them, and the DSML markup in which the model calls them.
 
-The prompt lists each function as one line of JSON, between a preamble and a closing line, whose very words belong to the
-format because the model was trained on them. A call is markup around plain values:
+The prompt lists each function as one line of JSON, between a preamble and a closing line. Their very words belong to
+the format, because the model was trained on them. A call is markup around plain values:
 
     <｜DSML｜tool_calls>
     <｜DSML｜invoke name="get_weather">
@@ -72,19 +72,12 @@ class Call:
     arguments: Mapping[str, object]
 
 
-class MarkupError(ValueError):
-    """A block of tool calls breaks the format; one line that says where."""
-
-
 def to_json(value: object) -> str:
     """JSON as the model knows it. Raises ValueError for what JSON cannot hold."""
     try:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, RecursionError) as error:
         raise ValueError(f"not JSON ({error})") from None
-
-
-# -- writing ----------------------------------------------------------------------------------------------------
 
 
 def tools_block(functions: Iterable[str]) -> list[str]:
@@ -123,63 +116,3 @@ def _with_controls(text: str) -> list[str]:
     """Pieces of trusted text, in which spellings of control tokens are control tokens."""
     pieces = re.split(f"({DSML}|{THINK_START}|{THINK_END})", text)
     return [Control(piece) if n % 2 else piece for n, piece in enumerate(pieces)]
-
-
-# -- reading, strictly ------------------------------------------------------------------------------------------
-
-BLOCK_START = f"\n\n<{DSML}tool_calls"
-_BLOCK_END = f"</{DSML}tool_calls>"
-_INVOKE = f"<{DSML}invoke"
-_INVOKE_END = f"</{DSML}invoke"
-_PARAMETER = f"<{DSML}parameter"
-_PARAMETER_END = f"/{DSML}parameter"
-
-
-def read_calls(text: str, position: int) -> tuple[list[tuple[str, str]], int]:
-    """Calls of a block, each as (function name, arguments as JSON), and where the block ends.
-
-    position: directly after `BLOCK_START`. This is the strict reader of the published encoder: it accepts what
-    `calls_block` writes and raises MarkupError for anything else, down to a missing line break.
-    """
-    calls: list[tuple[str, str]] = []
-    while position < len(text):
-        between, tag, position = read_until(text, position, (_INVOKE, _BLOCK_END))
-        _require(between == ">\n", f"expected '>' and a line break before the next tag, found {between!r}")
-        if tag == _BLOCK_END:
-            break
-        _require(tag is not None, "the block is not closed")
-        header, tag, position = read_until(text, position, (_PARAMETER, _INVOKE_END))
-        match = re.match(r'\s*name="(.*?)">\n$', header, re.DOTALL)
-        if match is None:
-            raise MarkupError(f"tool calls: {header!r} does not name a function")
-        arguments: dict[str, str] = {}
-        while tag == _PARAMETER:
-            name, value, position = _read_parameter(text, position)
-            _require(name not in arguments, f"parameter {name!r} appears twice")
-            arguments[name] = value
-            between, tag, position = read_until(text, position, (_PARAMETER, _INVOKE_END))
-            _require(between == ">\n", f"expected '>' and a line break after parameter {name!r}, found {between!r}")
-        calls.append((match[1], "{" + ", ".join(f"{to_json(key)}: {arguments[key]}" for key in arguments) + "}"))
-    return calls, position
-
-
-def read_until(text: str, position: int, tags: Iterable[str]) -> tuple[str, str | None, int]:
-    """Text up to the first of the tags, that tag, and the position after it; without one, all text, None, its end."""
-    match = re.compile("|".join(map(re.escape, tags))).search(text, position)
-    if match is None:
-        return text[position:], None, len(text)
-    return text[position : match.start()], match[0], match.end()
-
-
-def _read_parameter(text: str, position: int) -> tuple[str, str, int]:
-    body, _, position = read_until(text, position, (_PARAMETER_END,))
-    match = re.match(r' name="(.*?)" string="(true|false)">(.*?)<$', body, re.DOTALL)
-    if match is None:
-        raise MarkupError(f'tool calls: {body!r} is not a parameter with a name and string="true|false"')
-    name, is_string, value = match.groups()
-    return name, to_json(value) if is_string == "true" else value, position
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise MarkupError(f"tool calls: {message}")

@@ -11,9 +11,10 @@ import pytest
 
 # Texts that look like markup, that JSON escapes, that Unicode makes long, and that end where markup begins.
 _WORDS = (
-    *("hello", "2 + 2 = 4", "é", "深度求索", "🌊", "ﬀ", "\u2028", "\x7f", "\x00", "\t", " ", "\n", "\n\n", "\r\n", "", "{}", '"', "\\"),
-    *("<", "</", "<｜", "｜DSML｜", "<｜DSML｜tool_calls>", "</｜DSML｜parameter>", "<think>", "</think>", "<｜User｜>", "/｜DSML｜"),
-    *("<｜end▁of▁sentence｜>", "<tool_result>", "</tool_result>", "## Tools", "true", "null", '" string="true">', "{{ x }}", "%"),
+    *("hello", "2 + 2 = 4", "é", "深度求索", "🌊", "ﬀ", "\u2028", "\x7f", "\x00", "\t", " ", "\n", "\n\n", "\r\n", ""),
+    *("{}", '"', "\\", "<", "</", "<｜", "｜DSML｜", "/｜DSML｜", "<｜DSML｜tool_calls>", "</｜DSML｜parameter>"),
+    *("<think>", "</think>", "<｜User｜>", "<｜end▁of▁sentence｜>", "<tool_result>", "</tool_result>", "## Tools"),
+    *("true", "null", '" string="true">', "{{ x }}", "%"),
 )
 _KEYS = ("city", "n", "shipping address", "", "string=", "日本", "<｜DSML｜", "a'b", "\n")
 _TASKS = ("action", "query", "authority", "domain", "read_url")
@@ -24,9 +25,8 @@ Message = dict[str, Any]
 class Conversations:
     """Draws conversations that `render` accepts.
 
-    everywhere: only what DeepSeek's own later encoder, the package `deepseek-recipe`, lays out in the same way: no tasks,
-    no developer, no reminder after a user turn, one system message, no empty user text, calls with at least one parameter, plain
-    numbers.
+    everywhere: only what the package `deepseek-recipe`, DeepSeek's own later encoder, lays out in the same way: no
+    tasks, no developer, no empty user text, calls with at least one parameter, plain numbers.
     objects: arguments of calls as objects instead of JSON text.
     """
 
