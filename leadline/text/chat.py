@@ -27,14 +27,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 from leadline.text.messages import (
     TASK_NAMES,
     Assistant,
     ChatError,
     Instructions,
-    Message,
     Part,
     Reminder,
     Turn,
@@ -138,12 +137,16 @@ def render(
     return Prompt(pieces, layout.opens(pieces[-1]))
 
 
-def with_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, object]]) -> list[Message]:
+def with_tools(
+    messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]]
+) -> list[Mapping[str, object]]:
     """The conversation with tools declared on its system message; one is added in front if there is none."""
     return _with_system(messages, "tools", tools) if tools else list(messages)
 
 
-def with_response_format(messages: Sequence[Message], response_format: Mapping[str, object]) -> list[Message]:
+def with_response_format(
+    messages: Sequence[Mapping[str, object]], response_format: Mapping[str, object]
+) -> list[Mapping[str, object]]:
     """The conversation with a response format on its system message.
 
     response_format: in OpenAI's shape: of type text, json_object or json_schema. Raises ChatError for any other.
@@ -159,12 +162,12 @@ def with_response_format(messages: Sequence[Message], response_format: Mapping[s
     return _with_system(messages, "response_format", schema["schema"])
 
 
-def _with_system(messages: Sequence[Message], key: str, value: object) -> list[Message]:
+def _with_system(messages: Sequence[Mapping[str, object]], key: str, value: object) -> list[Mapping[str, object]]:
     if not messages or messages[0].get("role") != "system":
-        messages = [Message(role="system", content=""), *messages]
+        messages = [{"role": "system", "content": ""}, *messages]
     if messages[0].get(key):
         raise ChatError(f"message 0 has {key} of its own; give them in one place")
-    return [cast(Message, {**messages[0], key: value}), *messages[1:]]
+    return [{**messages[0], key: value}, *messages[1:]]
 
 
 # -- the layout of turns ------------------------------------------------------------------------------------------

@@ -230,7 +230,8 @@ def test_every_cut_of_any_input_gives_the_same_events(
 @given(data=st.binary(max_size=60), seed=st.integers(0, 1000))
 def test_bytes_without_markup_come_out_once(data: bytes, seed: int) -> None:
     expected = data.decode("utf8", "replace")
-    for section, kind in (("content", ContentDelta), ("reasoning", ReasoningDelta)):
+    kinds: dict[Section, type[ContentDelta | ReasoningDelta]] = {"content": ContentDelta, "reasoning": ReasoningDelta}
+    for section, kind in kinds.items():
         events = feed(TextParser(section), cut(data, random.Random(seed)))
         assert events == ([kind(expected)] if expected else [])
 

