@@ -7,6 +7,8 @@ Float64 always goes to the reference: gradient checks and oracles are what it is
 CUDA graph of nodes would normally run in a thread of its own, where activation recomputation would then choose anew and
 differently, so inside of the block autograd stays in the same thread.
 
+torch.compile asks once, while it traces: a compiled function keeps the choice that held then.
+
 Triton's interpreter runs kernels on CPU tensors, slowly, for tests: set TRITON_INTERPRET=1 before Triton is imported,
 and force "kernel". Numbers in bfloat16 are not to be trusted there.
 """
@@ -17,7 +19,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 Implementation = Literal["reference", "kernel"]
 
+_TRITON_INSTALLED = find_spec("triton") is not None
 _forced: ContextVar[Implementation | None] = ContextVar("leadline_ops_implementation", default=None)
 
 
@@ -52,13 +54,18 @@ def implementation(name: Implementation) -> Iterator[None]:
 def use_kernel(op: str, x: Tensor) -> bool:
     """Whether `op` runs as a kernel on x: on CUDA with Triton installed, unless x is float64 or `implementation` says
     otherwise. KernelError when a kernel is demanded where none can run."""
-    forced = _forced.get()
+    forced = _demanded()
     if forced == "reference":
         return False
     obstacle = _obstacle(x)
     if forced == "kernel" and obstacle:
         raise KernelError(f"{op}: no kernel for {x.dtype} on {x.device}: {obstacle}")
     return not obstacle and (x.is_cuda or forced == "kernel")
+
+
+@torch.compiler.assume_constant_result
+def _demanded() -> Implementation | None:
+    return _forced.get()
 
 
 def _obstacle(x: Tensor) -> str | None:
@@ -72,7 +79,6 @@ def _obstacle(x: Tensor) -> str | None:
     return None
 
 
-@cache
 def triton_installed() -> bool:
     """Whether Triton can be imported; it is not, until a kernel runs."""
-    return find_spec("triton") is not None
+    return _TRITON_INSTALLED

@@ -23,6 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from leadline.ops.opaque import opaque
+
 VOCABULARY_PER_TILE = 8192
 TOKENS_PER_TILE = 8192  # with the above: 256 MiB of logits
 
@@ -91,6 +93,7 @@ def _pieces(length: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, length))
 
 
+@opaque(lambda hidden_TD, *_: tuple(hidden_TD.new_empty(hidden_TD.shape[0], dtype=torch.float32) for _ in range(2)))
 def forward(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
     """(nll_T, lse_T) for contiguous inputs of one dtype."""
     largest_T, sum_T, target_logit_T = torch.empty(3, len(hidden_TD), device=hidden_TD.device)
@@ -106,6 +109,7 @@ def forward(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> tuple[Te
     return torch.where(targets_T >= 0, lse_T - target_logit_T, 0.0), lse_T
 
 
+@opaque(lambda hidden_TD, weight_VD, *_: (torch.empty_like(hidden_TD), torch.empty_like(weight_VD)))
 def backward(
     hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, lse_T: Tensor, dnll_T: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from leadline.ops.opaque import opaque
+
 VALUES_PER_TILE = 4096
 
 
@@ -92,6 +94,7 @@ def _tile(num_slots: int, width: int) -> tuple[int, int]:
     return slots, min(triton.next_power_of_2(width), max(16, VALUES_PER_TILE // slots))
 
 
+@opaque(lambda values_YE, scores_YE, rows_CG, width: values_YE.new_empty(rows_CG.shape[0], width))
 def forward(values_YE: Tensor, scores_YE: Tensor, rows_CG: Tensor, width: int) -> Tensor:
     """e_CD for contiguous inputs."""
     (entries, slots), columns = rows_CG.shape, values_YE.shape[1]
@@ -103,6 +106,7 @@ def forward(values_YE: Tensor, scores_YE: Tensor, rows_CG: Tensor, width: int) -
     return pooled_CD
 
 
+@opaque(lambda values_YE, scores_YE, rows_CG, d_CD: (torch.empty_like(values_YE), torch.empty_like(scores_YE)))
 def backward(values_YE: Tensor, scores_YE: Tensor, rows_CG: Tensor, d_CD: Tensor) -> tuple[Tensor, Tensor]:
     """(dvalues, dscores) for contiguous inputs."""
     # Rows of tokens that are in no entry yet get no gradient.

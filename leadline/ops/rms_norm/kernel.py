@@ -19,6 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from leadline.ops.opaque import opaque
+
 VALUES_PER_TILE = 4096
 VALUES_PER_THREAD = 16
 PARTIAL_SUMS = 512  # about four programs for each multiprocessor of a large card
@@ -95,6 +97,7 @@ def _tile(width: int) -> tuple[int, int, int]:
     return rows, columns, min(16, max(1, rows * columns // (32 * VALUES_PER_THREAD)))
 
 
+@opaque(lambda x, weight, eps: torch.empty_like(x))
 def forward(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """y for a contiguous x."""
     y, width = torch.empty_like(x), x.shape[-1]
@@ -105,8 +108,9 @@ def forward(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return y
 
 
-def backward(x: Tensor, weight: Tensor | None, dy: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
-    """(dx, dweight) for contiguous x and dy."""
+@opaque(lambda x, weight, dy, eps: [torch.empty_like(part) for part in (x, weight) if part is not None])
+def backward(x: Tensor, weight: Tensor | None, dy: Tensor, eps: float) -> list[Tensor]:
+    """[dx] or [dx, dweight] for contiguous x, weight and dy."""
     dx, width = torch.empty_like(x), x.shape[-1]
     block_rows, block_columns, warps = _tile(width)
     num_rows = x.numel() // width
@@ -116,7 +120,7 @@ def backward(x: Tensor, weight: Tensor | None, dy: Tensor, eps: float) -> tuple[
     rms_norm_bwd_kernel[(programs,)](
         x, weight, dy, dx, partial, num_rows, blocks_per_program, eps, width, block_rows, block_columns, num_warps=warps
     )
-    return dx, None if weight is None or partial is None else partial.sum(0).to(weight.dtype)
+    return [dx] if weight is None or partial is None else [dx, partial.sum(0).to(weight.dtype)]
 
 
 class RMSNorm(torch.autograd.Function):
@@ -131,4 +135,5 @@ class RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        return *backward(x, weight, dy.contiguous(), ctx.eps), None
+        dx, *dweight = backward(x, weight, dy.contiguous(), ctx.eps)
+        return dx, *(dweight or [None]), None

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leadline.ops.opaque import opaque
+
 VALUES_PER_TILE = 4096
 
 
@@ -58,6 +60,7 @@ def rope_fwd_kernel(
         tl.store(y_ptr + offsets, tl.load(x_ptr + offsets, mask=passed), mask=passed)
 
 
+@opaque(lambda x, cos, sin, inverse: torch.empty_like(x))
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """The rotation of a contiguous x."""
     y, width = torch.empty_like(x), x.shape[-1]

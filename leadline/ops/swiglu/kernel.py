@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from leadline.ops.opaque import opaque
+
 VALUES_PER_TILE = 1024
 
 
@@ -102,6 +104,7 @@ def _tile(width: int) -> tuple[int, int]:
     return VALUES_PER_TILE // columns, columns
 
 
+@opaque(lambda gate, up, scale, limit: torch.empty_like(gate))
 def forward(gate: Tensor, up: Tensor, scale: Tensor | None, limit: float) -> Tensor:
     """h for contiguous inputs."""
     hidden, (num_rows, width) = torch.empty_like(gate), gate.shape
@@ -111,10 +114,9 @@ def forward(gate: Tensor, up: Tensor, scale: Tensor | None, limit: float) -> Ten
     return hidden
 
 
-def backward(
-    gate: Tensor, up: Tensor, scale: Tensor | None, dhidden: Tensor, limit: float
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(dgate, dup, dscale) for contiguous inputs."""
+@opaque(lambda gate, up, scale, dhidden, limit: [torch.empty_like(x) for x in (gate, up, scale) if x is not None])
+def backward(gate: Tensor, up: Tensor, scale: Tensor | None, dhidden: Tensor, limit: float) -> list[Tensor]:
+    """[dgate, dup] or [dgate, dup, dscale] for contiguous inputs."""
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     dscale = None if scale is None else torch.empty_like(scale)
     num_rows, width = gate.shape
@@ -122,7 +124,7 @@ def backward(
     swiglu_bwd_kernel[(triton.cdiv(num_rows, block_rows),)](
         gate, up, scale, dhidden, dgate, dup, dscale, num_rows, limit, width, block_rows, block_columns, num_warps=4
     )
-    return dgate, dup, dscale
+    return [dgate, dup] if dscale is None else [dgate, dup, dscale]
 
 
 class SwiGLU(torch.autograd.Function):
@@ -138,4 +140,5 @@ class SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dhidden: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, scale = ctx.saved_tensors
-        return *backward(gate, up, scale, dhidden.contiguous(), ctx.limit), None
+        dgate, dup, *dscale = backward(gate, up, scale, dhidden.contiguous(), ctx.limit)
+        return dgate, dup, *(dscale or [None]), None
