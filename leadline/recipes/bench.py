@@ -129,7 +129,8 @@ def measure(case: Case, device: torch.device) -> Iterator[Result]:
         ("forward", case.forward, time_forward),
         ("backward", case.backward, time_backward),
     ):
-        yield Result(case, direction, cost, worst, clock(case, device) if green else None)
+        if cost is not None:
+            yield Result(case, direction, cost, worst, clock(case, device) if green else None)
     torch.cuda.empty_cache()
 
 

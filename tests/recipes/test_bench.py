@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import runpy
@@ -20,7 +21,7 @@ from leadline.recipes.bench import BenchError, Options, Result, Run
 from leadline.recipes.bench_ops import CASES
 from leadline.recipes.bench_ops.case import Case, Cost
 from leadline.recipes.bench_ops.clock import Ceilings
-from leadline.recipes.bench_ops.gate import difference, double, gate, results
+from leadline.recipes.bench_ops.gate import difference, double, gate, gradients_of, outputs_of, results
 
 CPU = torch.device("cpu")
 RUN = Run("NVIDIA H100 80GB HBM3", "2026-01-01T00:00:00+00:00", "0123abc", {"torch": "2"}, Ceilings(2e12, 8e14))
@@ -76,6 +77,13 @@ def test_a_red_gate_gets_no_time(mistake: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.interpret
+def test_an_op_without_a_gradient_is_timed_forward_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "time_forward", lambda case, device: 0.5)
+    forward_only = dataclasses.replace(case(), run=lambda x: square("")(x).detach(), backward=None)
+    assert [result.direction for result in bench.measure(forward_only, CPU)] == ["forward"]
+
+
+@pytest.mark.interpret
 def test_the_gate_names_the_worst_difference() -> None:
     assert max(d.relative for d in gate(case(), CPU)) < 1e-6
     assert max(d.relative for d in gate(case("value"), CPU)) == pytest.approx(1e-3, rel=0.01)
@@ -104,10 +112,8 @@ def test_no_kernel_waits_for_the_host(index: int) -> None:
     leaves = [x.requires_grad_(x.is_floating_point()) if x is not None else None for x in inputs]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = chosen.run(*leaves)
-        outputs = [found] if isinstance(found, Tensor) else list(found)
-        wanted = [x for x in leaves if x is not None and x.requires_grad]
-        torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs], allow_unused=True)
+        outputs = outputs_of(chosen.run(*leaves))
+        gradients_of(outputs, leaves, [torch.ones_like(y) for y in outputs])
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

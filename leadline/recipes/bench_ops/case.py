@@ -41,10 +41,11 @@ class Difference:
 class Case:
     """One op at one shape.
 
-    inputs: makes fresh inputs for a number of tokens on a device. forward, backward: costs at `tokens`. ceiling: which
-    of the card's two measured limits the result is compared with. tolerance, fp32_tolerance: bounds on |difference| /
-    |reference| for results in bfloat16, which rounding alone moves by 1.7e-3, and for results in FP32. gate_inputs:
-    other inputs for the gate, where the reference in float64 would not fit on the card.
+    inputs: makes fresh inputs for a number of tokens on a device. forward, backward: costs at `tokens`; an op without a
+    gradient has no backward. ceiling: which of the card's two measured limits the result is compared with. tolerance,
+    fp32_tolerance: bounds on |difference| / |reference| for results in bfloat16, which rounding alone moves by 1.7e-3,
+    and for results in FP32. gate_inputs: other inputs for the gate, where the reference in float64 would not fit on the
+    card.
     """
 
     op: str
@@ -52,7 +53,7 @@ class Case:
     inputs: Callable[[int, torch.device], Inputs]
     run: Callable[..., Any]
     forward: Cost
-    backward: Cost
+    backward: Cost | None
     ceiling: Literal["copy", "matmul"] = "copy"
     tokens: int = TOKENS
     gate_tokens: tuple[int, ...] = (1, 127, 4001)

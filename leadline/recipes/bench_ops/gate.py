@@ -68,6 +68,10 @@ def outputs_of(found: Any) -> list[Tensor]:
 def gradients_of(outputs: list[Tensor], leaves: Inputs, gradients: list[Tensor], again: bool = False) -> list[Tensor]:
     """Gradients of the leaves that have one; the graph stays for another call when `again`."""
     wanted = [x for x in leaves if x is not None and x.requires_grad]
+    reached = [number for number, output in enumerate(outputs) if output.requires_grad]
+    if not reached:
+        return []
+    outputs, gradients = [outputs[number] for number in reached], [gradients[number] for number in reached]
     found = torch.autograd.grad(outputs, wanted, gradients, retain_graph=again, allow_unused=True)
     return [gradient for gradient in found if gradient is not None]
 
