@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from leadline.ops.dispatch import use_kernel
 from leadline.ops.newton_schulz import reference
 
 
@@ -16,8 +17,9 @@ def newton_schulz(x_BNM: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
     x_BNM: B matrices of N rows and M columns (letters of this op alone), any float dtype. dtype: that of the
     multiplications, where None means bfloat16 on CUDA and float32 (float64 for float64 input) elsewhere; the report
-    finds bfloat16 sufficient. The norm is always taken in at least float32, after division by the largest element, so
-    neither tiny nor huge matrices lose their direction. Returns [B, N, M] in the dtype of x; x is not changed.
+    finds bfloat16 sufficient. Sums are FP32 or wider, and every product is rounded to dtype. The norm is always taken in
+    at least float32, after division by the largest element, so neither tiny nor huge matrices lose their direction.
+    Returns [B, N, M] in the dtype of x; x is not changed.
 
     In float32, singular values of at least 3e-5 |x|_F come out within [0.998, 1.003]; smaller ones come out smaller,
     down to an all-zero matrix, which gives zeros. In bfloat16 rounding widens this to [0.995, 1.006] for those above
@@ -27,4 +29,9 @@ def newton_schulz(x_BNM: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         raise ValueError(f"newton_schulz takes float matrices [B, N, M], got {x_BNM.dtype} {tuple(x_BNM.shape)}")
     if dtype is None:
         dtype = torch.bfloat16 if x_BNM.is_cuda else torch.promote_types(x_BNM.dtype, torch.float32)
+    if use_kernel("newton_schulz", x_BNM):
+        from leadline.ops.newton_schulz import kernel
+
+        if kernel.takes(x_BNM, dtype):
+            return kernel.newton_schulz(x_BNM, dtype)
     return reference.newton_schulz(x_BNM, dtype)
