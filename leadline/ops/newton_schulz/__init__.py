@@ -9,6 +9,7 @@ from leadline.ops.dispatch import use_kernel
 from leadline.ops.newton_schulz import reference
 
 
+@torch.no_grad()
 def newton_schulz(x_BNM: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """O = U V^T for every x = U S V^T: all singular values become 1 (report 2.4, Algorithm 1).
 
@@ -17,13 +18,13 @@ def newton_schulz(x_BNM: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
     x_BNM: B matrices of N rows and M columns (letters of this op alone), any float dtype. dtype: that of the
     multiplications, where None means bfloat16 on CUDA and float32 (float64 for float64 input) elsewhere; the report
-    finds bfloat16 sufficient. Sums are FP32 or wider, and every product is rounded to dtype. The norm is always taken in
-    at least float32, after division by the largest element, so neither tiny nor huge matrices lose their direction.
+    finds bfloat16 sufficient. Sums are FP32 or wider, and every product is rounded to dtype. The norm is always taken
+    in at least float32, after division by the largest element, so neither tiny nor huge matrices lose their direction.
     Returns [B, N, M] in the dtype of x; x is not changed.
 
     In float32, singular values of at least 3e-5 |x|_F come out within [0.998, 1.003]; smaller ones come out smaller,
     down to an all-zero matrix, which gives zeros. In bfloat16 rounding widens this to [0.995, 1.006] for those above
-    1e-3 |x|_F. NaN and infinity give NaN, in their own matrix only. No gradient is meant to pass through.
+    1e-3 |x|_F. NaN and infinity give NaN, in their own matrix only. No gradient passes through.
     """
     if x_BNM.ndim != 3 or 0 in x_BNM.shape[1:] or not x_BNM.is_floating_point():
         raise ValueError(f"newton_schulz takes float matrices [B, N, M], got {x_BNM.dtype} {tuple(x_BNM.shape)}")
