@@ -53,7 +53,9 @@ class Experts(nn.Module):
         order_X, counts_E = expert_order(route.experts_TA, self.num_experts)
         x_XD = dispatch(x_TD, order_X, choices)
         gate_XF, up_XF = self._multiply(x_XD, ("w1", "w3"), counts_E)
-        hidden_XF = swiglu(gate_XF, up_XF, self.limit, route.weights_TA.flatten()[order_X])
+        # A pair is a token with one choice here.
+        weights_X = dispatch(route.weights_TA.reshape(-1, 1), order_X, 1).squeeze(1)
+        hidden_XF = swiglu(gate_XF, up_XF, self.limit, weights_X)
         (out_XD,) = self._multiply(hidden_XF, ("w2",), counts_E)
         return combine(out_XD, order_X, choices), counts_E
 
@@ -103,14 +105,14 @@ def balance_loss(route: Route, segment: Segment) -> Tensor:
     """
     num_sequences, (num_tokens, num_experts) = len(segment.lengths), route.scores_TE.shape
     choices = route.experts_TA.shape[1]
-    sequence_T = segment.sequence_T
-    slots = (sequence_T[:, None] * num_experts + route.experts_TA).flatten()
-    counts_NE = torch.bincount(slots, minlength=num_sequences * num_experts).view(num_sequences, num_experts)
     share_TE = route.scores_TE / route.scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
-    share_NE = share_TE.new_zeros(num_sequences, num_experts).index_add(0, sequence_T, share_TE)
-    lengths_N1 = torch.bincount(sequence_T, minlength=num_sequences)[:, None]
-    load_NE = counts_NE * (num_experts / choices) / lengths_N1
-    return (load_NE * share_NE).sum() / num_tokens
+    ones_TA = torch.ones_like(route.weights_TA)
+    chosen_TE = torch.zeros_like(share_TE).scatter_add_(1, route.experts_TA, ones_TA)
+    # Sums over the tokens of a sequence as products: in a fixed order, and the host is not asked for anything.
+    sequences_N1 = torch.arange(num_sequences, device=share_TE.device)[:, None]
+    member_NT = (segment.sequence_T == sequences_N1).to(share_TE.dtype)
+    load_NE = member_NT @ chosen_TE * (num_experts / choices) / member_NT.sum(1, keepdim=True)
+    return (load_NE * (member_NT @ share_TE)).sum() / num_tokens
 
 
 class MoE(nn.Module):

@@ -117,3 +117,34 @@ def test_balance_loss_grows_with_concentration() -> None:
     scores = torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.0]]).repeat(6, 1)
     loss = balance_loss(Route(torch.tensor([[0, 1]]).repeat(6, 1), torch.rand(6, 2), scores), Segment.of([0] * 6))
     torch.testing.assert_close(loss, torch.tensor(2.5))
+
+
+@pytest.mark.parametrize("hashed", [False, True], ids=["score", "hash"])
+def test_routing_and_balance_ask_the_host_for_nothing(hashed: bool) -> None:
+    """Tensors without data, as a graph capture sees them: whatever reads a number from the device fails."""
+    moe = MoE(CONFIG, hashed).to("meta")
+    ids = torch.randint(0, CONFIG.vocab_size, (30,)).to("meta")
+    route = moe.gate(torch.empty(30, 8, device="meta"), ids)
+    assert route.experts_TA.shape == (30, 2)
+    segment = Segment(ids, (10, 20), past=(0, 0), slots=(0, 1))
+    assert balance_loss(route, segment).shape == ()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hashed", [False, True], ids=["score", "hash"])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_host_waits_for_no_number(hashed: bool, training: bool) -> None:
+    moe = random_moe(hashed).to("cuda")
+    for parameter in moe.parameters():
+        parameter.data = parameter.data.bfloat16()
+    wide = CONFIG.hidden_size
+    x = torch.randn(40, wide, device="cuda", dtype=torch.bfloat16, requires_grad=training)
+    segment = Segment.of(torch.randint(0, CONFIG.vocab_size, (40,)), device="cuda")
+    assert segment.sequence_T.is_cuda
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out, signals = moe(x, segment, training)
+        if signals is not None:
+            (out.float().sum() + signals.balance_loss).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

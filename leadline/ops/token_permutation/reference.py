@@ -1,4 +1,4 @@
-"""Dispatch and combine in plain PyTorch; each is the other's backward."""
+"""The order of the experts, dispatch and combine in plain PyTorch; the last two are each other's backward."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from leadline.ops.precision import wide
+
+
+def expert_order(experts_TA: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    flat = experts_TA.flatten()
+    return flat.argsort(stable=True), torch.bincount(flat, minlength=num_experts)
 
 
 def _dispatch(x_TD: Tensor, order_X: Tensor, choices: int) -> Tensor:

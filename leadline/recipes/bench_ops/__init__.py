@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from leadline.recipes.bench_ops import attention, gated_pool, hyper_connection, optimizer, pointwise, products
+from leadline.recipes.bench_ops import attention, experts, gated_pool, hyper_connection, optimizer, pointwise, products
 from leadline.recipes.bench_ops.case import Case
 
 CASES: tuple[Case, ...] = (
@@ -11,5 +11,6 @@ CASES: tuple[Case, ...] = (
     *hyper_connection.CASES,
     *gated_pool.CASES,
     *products.CASES,
+    *experts.CASES,
     *optimizer.CASES,
 )

@@ -62,7 +62,9 @@ class Case:
     fp32_tolerance: float = 1e-4
 
     def accepts(self, difference: Difference) -> bool:
-        """Whether a result is as close to the reference as its dtype allows; NaN is not."""
+        """Whether a result is as close to the reference as its dtype allows; NaN is not. Integers must be equal."""
+        if not difference.dtype.is_floating_point:
+            return difference.relative == 0
         allowed = self.fp32_tolerance if difference.dtype == torch.float32 else self.tolerance
         return difference.relative <= allowed
 

@@ -41,7 +41,7 @@ def differences(run: Callable[..., Any], inputs: Sequence[Tensor | None]) -> lis
 def difference(ours: Tensor, again: Tensor, exact: Tensor) -> Difference:
     if ours.shape != exact.shape or not torch.equal(ours.nan_to_num(), again.nan_to_num()):
         return Difference(math.inf, ours.dtype)
-    distance, size = float((ours.double() - exact).norm()), float(exact.norm())
+    distance, size = float((ours.double() - exact).norm()), float(exact.double().norm())
     return Difference(distance / size if size else distance, ours.dtype)
 
 
