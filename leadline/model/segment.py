@@ -15,7 +15,7 @@ worked out once for each forward pass, in `SegmentIndex`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -268,5 +268,6 @@ class SegmentIndex:
         """Entry j is visible to query t iff j < floor((t + 1) / ratio): the token that completes a window sees it."""
         first_N = torch.tensor(self._first_entries(ratio, capacity), device=self.segment.device)
         visible_T = torch.div(self.positions_T + 1, ratio, rounding_mode="floor")
-        window = self._reach[0]
-        return Reach(window.lengths, window.first_key_T, window.last_key_T, first_N[self.segment.sequence_T], visible_T)
+        first_T = first_N[self.segment.sequence_T]
+        tokens = map(sum, zip(self.segment.past, self.segment.lengths, strict=True))
+        return replace(self._reach[0], first_entry_T=first_T, visible_T=visible_T, most_visible=max(tokens) // ratio)

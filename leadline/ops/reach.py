@@ -27,6 +27,8 @@ class Reach:
     first_key_T, last_key_T: int64, the run of rows of the window keys, both ends included.
     first_entry_T: int64, row of the sequence's entry 0; visible_T: int64, how many entries are visible. Both are None
     on layers that have no entries.
+    most_visible: the largest visible_T, or more than that, where a graph is captured that later steps replay. A number
+    of the host, because it decides the shapes of what the indexer returns; no op reads it off the device.
     """
 
     lengths: tuple[int, ...]
@@ -34,6 +36,7 @@ class Reach:
     last_key_T: Tensor
     first_entry_T: Tensor | None = None
     visible_T: Tensor | None = None
+    most_visible: int | None = None
 
 
 class Tile(NamedTuple):

@@ -107,7 +107,7 @@ def look_back(
         places = torch.randperm(picks, generator=generator)[: len(chosen)]
         picked[row, places] = chosen
         sees_picked[row, first + chosen] = True
-    reach = Reach(tuple(lengths), *(column.flatten() for column in columns))
+    reach = Reach(tuple(lengths), *(column.flatten() for column in columns), most_visible=max(visible, default=0))
     sees_key = (key >= first_key_T1) & (key <= last_key_T1)
     return LookingBack(reach, keys, entries, sees_key, sees_entry, picked, sees_picked)
 

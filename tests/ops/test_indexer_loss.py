@@ -212,7 +212,7 @@ def test_linear_memory(largest_tensor: Any, picked: bool) -> None:
     """Queries times entries would be 4 million, before the heads; a tile of 64 queries is the most that exists."""
     tokens = 2048
     position = torch.arange(tokens)
-    reach = Reach((tokens,), position, position, torch.zeros_like(position), position + 1)
+    reach = Reach((tokens,), position, position, torch.zeros_like(position), position + 1, tokens)
     picks = torch.arange(4).expand(tokens, -1) if picked else None
     index = (
         torch.randn(tokens, 2, 4, requires_grad=True),

@@ -115,7 +115,7 @@ def test_the_workspace_is_bounded(largest_tensor: Any) -> None:
     """4096 queries by 4096 entries would be 16 million scores; 64 queries are scored at a time."""
     tokens = 4096
     position = torch.arange(tokens)
-    reach = Reach((tokens,), position, position, torch.zeros_like(position), position + 1)
+    reach = Reach((tokens,), position, position, torch.zeros_like(position), position + 1, tokens)
     operands = torch.randn(tokens, 2, 2), torch.rand(tokens, 2), torch.randn(tokens, 2)
     with largest_tensor:
         pick_entries(*operands, reach, 4)

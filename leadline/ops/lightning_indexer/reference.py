@@ -49,7 +49,8 @@ def _visible_keys(keys_CI: Tensor, reach: Reach, tile: Tile, most: int) -> Tenso
 @torch.no_grad()
 def pick_entries_reference(q_TJI: Tensor, weight_TJ: Tensor, keys_CI: Tensor, reach: Reach, k: int) -> Tensor:
     assert reach.visible_T is not None
-    most = int(reach.visible_T.max())
+    assert reach.most_visible is not None
+    most = reach.most_visible
     picked_TM = torch.full((len(q_TJI), min(k, most)), -1, dtype=torch.int64, device=q_TJI.device)
     width = picked_TM.shape[1]
     if width == 0:
