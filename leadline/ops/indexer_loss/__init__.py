@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from leadline.ops.dispatch import use_kernel
 from leadline.ops.indexer_loss.reference import IndexerLoss, recall_reference
 from leadline.ops.reach import Reach
 
@@ -35,6 +36,15 @@ def indexer_loss(
     index_*: what the indexer scores with, differentiable. q_THK, entries_CK, lse_TH: the attention that is imitated, as
     given to and returned by `sparse_attention`; no gradient flows into them. Linear in memory, forward and backward.
     """
+    if use_kernel("indexer_loss", index_q_TJI):
+        from leadline.ops.indexer_loss import kernel
+
+        assert reach.first_entry_T is not None
+        assert reach.visible_T is not None
+        assert reach.most_visible is not None
+        seen = reach.first_entry_T, reach.visible_T, reach.most_visible, len(reach.lengths)
+        index = index_q_TJI, index_weight_TJ, index_keys_CI
+        return kernel.indexer_loss(*index, q_THK.detach(), entries_CK.detach(), lse_TH, *seen, picked_TM)[0]
     return IndexerLoss.apply(index_q_TJI, index_weight_TJ, index_keys_CI, q_THK, entries_CK, lse_TH, reach, picked_TM)
 
 
