@@ -127,3 +127,18 @@ def against_reference(op: Callable[..., Any], inputs: Sequence[Tensor | None], t
 @pytest.fixture(scope="session", name="against_reference")
 def _against_reference() -> Callable[[Callable[..., Any], Sequence[Tensor | None], float], None]:
     return against_reference
+
+
+@pytest.fixture
+def loops_to_scalars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loops whose ends a kernel has loaded: Triton's interpreter keeps scalars as arrays of one element, which NumPy no
+    longer takes for an int."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)

@@ -44,7 +44,7 @@ def indexer_loss(
         assert reach.most_visible is not None
         seen = reach.first_entry_T, reach.visible_T, reach.most_visible, len(reach.lengths)
         index = index_q_TJI, index_weight_TJ, index_keys_CI
-        return kernel.indexer_loss(*index, q_THK.detach(), entries_CK.detach(), lse_TH, *seen, picked_TM)[0]
+        return kernel.IndexerLossKernel.apply(*index, q_THK, entries_CK, lse_TH, *seen, picked_TM)
     return IndexerLoss.apply(index_q_TJI, index_weight_TJ, index_keys_CI, q_THK, entries_CK, lse_TH, reach, picked_TM)
 
 

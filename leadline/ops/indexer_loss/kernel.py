@@ -24,8 +24,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from leadline.ops.lightning_indexer.kernel import Reached, head_sums, multiprocessors
+from leadline.ops.opaque import opaque
 from leadline.ops.sparse_attention.kernel import (
     picks_of_entries,
     queries_of_entries,
@@ -282,31 +284,7 @@ def _bwd_visible(x: _Operands, dkl_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return dq_TJI, dweight_TJ, dkeys_CI
 
 
-@torch.library.custom_op("leadline::indexer_loss", mutates_args=())
-def indexer_loss(
-    q_TJI: Tensor, weight_TJ: Tensor, keys_CI: Tensor, q_THK: Tensor, entries_CK: Tensor, lse_TH: Tensor,
-    first_entry_T: Tensor, visible_T: Tensor, most_visible: int, num_sequences: int, picked_TM: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """kl_T of `reference.IndexerLoss`, with `Reach` in its parts, and what the backward needs of the forward: the
-    gradients of the scores of the picks, [T, M], or nothing, [T, 0], when all visible entries count."""
-    x = _operands(
-        q_TJI, weight_TJ, keys_CI, q_THK, entries_CK, lse_TH,
-        first_entry_T, visible_T, most_visible, num_sequences, picked_TM,
-    )  # fmt: skip
-    kl_T = lse_TH.new_zeros(len(q_TJI))
-    gradients_TM = lse_TH.new_empty((len(q_TJI), 0 if picked_TM is None else picked_TM.shape[1]))
-    if x.columns == 0:
-        return kl_T, gradients_TM
-    sums_StX = lse_TH.new_empty((2, x.queries_at_once, x.columns))
-    for start in range(0, len(q_TJI), x.queries_at_once):
-        stop = min(start + x.queries_at_once, len(q_TJI))
-        gradients = None if picked_TM is None else gradients_TM[start:stop]
-        _rows(x, start, sums_StX[:, : stop - start], kl_T, gradients)
-    return kl_T, gradients_TM
-
-
-@indexer_loss.register_fake
-def _(
+def _empty_results(
     q_TJI: Tensor, weight_TJ: Tensor, keys_CI: Tensor, q_THK: Tensor, entries_CK: Tensor, lse_TH: Tensor,
     first_entry_T: Tensor, visible_T: Tensor, most_visible: int, num_sequences: int, picked_TM: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -314,17 +292,40 @@ def _(
     return lse_TH.new_empty(len(q_TJI)), lse_TH.new_empty((len(q_TJI), picks))
 
 
-@torch.library.custom_op("leadline::indexer_loss_backward", mutates_args=())
-def indexer_loss_backward(
+@opaque(_empty_results)
+def forward(
+    q_TJI: Tensor, weight_TJ: Tensor, keys_CI: Tensor, q_THK: Tensor, entries_CK: Tensor, lse_TH: Tensor,
+    first_entry_T: Tensor, visible_T: Tensor, most_visible: int, num_sequences: int, picked_TM: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """kl, and what the backward needs of the forward: the gradients of the scores of the picks, [T, M], or nothing,
+    [T, 0], when all visible entries count."""
+    operands = q_TJI, weight_TJ, keys_CI, q_THK, entries_CK, lse_TH
+    rest = first_entry_T, visible_T, most_visible, num_sequences, picked_TM
+    kl_T, gradients_TM = _empty_results(*operands, *rest)
+    x = _operands(*operands, *rest)
+    if x.columns == 0:
+        return kl_T.zero_(), gradients_TM
+    sums_StX = lse_TH.new_empty((2, x.queries_at_once, x.columns))
+    for start in range(0, len(q_TJI), x.queries_at_once):
+        stop = min(start + x.queries_at_once, len(q_TJI))
+        _rows(x, start, sums_StX[:, : stop - start], kl_T, None if picked_TM is None else gradients_TM[start:stop])
+    return kl_T, gradients_TM
+
+
+def _empty_gradients(dkl_T: Tensor, gradients_TM: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dq_TJI, dweight_TJ, dkeys_CI = (x.new_empty(x.shape) for x in operands[:3])
+    return dq_TJI, dweight_TJ, dkeys_CI
+
+
+@opaque(_empty_gradients)
+def backward(
     dkl_T: Tensor, gradients_TM: Tensor,
     q_TJI: Tensor, weight_TJ: Tensor, keys_CI: Tensor, q_THK: Tensor, entries_CK: Tensor, lse_TH: Tensor,
     first_entry_T: Tensor, visible_T: Tensor, most_visible: int, num_sequences: int, picked_TM: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, weight and keys of the index, each in its dtype."""
-    x = _operands(
-        q_TJI, weight_TJ, keys_CI, q_THK, entries_CK, lse_TH,
-        first_entry_T, visible_T, most_visible, num_sequences, picked_TM,
-    )  # fmt: skip
+    operands = q_TJI, weight_TJ, keys_CI, q_THK, entries_CK, lse_TH
+    x = _operands(*operands, first_entry_T, visible_T, most_visible, num_sequences, picked_TM)
     if x.columns == 0:
         return torch.zeros_like(x.q_TJI), torch.zeros_like(x.weight_TJ), torch.zeros_like(x.keys_CI)
     dkl_T = dkl_T.contiguous()
@@ -332,29 +333,32 @@ def indexer_loss_backward(
     return dq_TJI, dweight_TJ, dkeys_CI.to(keys_CI.dtype)
 
 
-@indexer_loss_backward.register_fake
-def _(
-    dkl_T: Tensor, gradients_TM: Tensor,
-    q_TJI: Tensor, weight_TJ: Tensor, keys_CI: Tensor, q_THK: Tensor, entries_CK: Tensor, lse_TH: Tensor,
-    first_entry_T: Tensor, visible_T: Tensor, most_visible: int, num_sequences: int, picked_TM: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dq, dweight, dkeys = (x.new_empty(x.shape) for x in (q_TJI, weight_TJ, keys_CI))
-    return dq, dweight, dkeys
+class IndexerLossKernel(torch.autograd.Function):
+    """The operation of `reference.IndexerLoss`, for vectors of 16 or 32 bits, with the parts of `Reach`."""
 
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_TJI: Tensor,
+        weight_TJ: Tensor,
+        keys_CI: Tensor,
+        q_THK: Tensor,
+        entries_CK: Tensor,
+        lse_TH: Tensor,
+        first_entry_T: Tensor,
+        visible_T: Tensor,
+        most_visible: int,
+        num_sequences: int,
+        picked_TM: Tensor | None,
+    ) -> Tensor:
+        tensors = q_TJI, weight_TJ, keys_CI, q_THK, entries_CK, lse_TH, first_entry_T, visible_T
+        kl_T, gradients_TM = forward(*tensors, most_visible, num_sequences, picked_TM)
+        ctx.save_for_backward(gradients_TM, *tensors, picked_TM)
+        ctx.numbers = most_visible, num_sequences
+        return kl_T
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, most_visible, num_sequences, picked_TM = inputs
-    ctx.save_for_backward(output[1], *tensors, picked_TM)
-    ctx.numbers = most_visible, num_sequences
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, dkl_T: Tensor | None, _dgradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients_TM, *tensors, picked_TM = ctx.saved_tensors
-    if dkl_T is None:
-        return (None,) * 11
-    found = indexer_loss_backward(dkl_T, gradients_TM, *tensors, *ctx.numbers, picked_TM)
-    return *found, *((None,) * 8)
-
-
-indexer_loss.register_autograd(_backward, setup_context=_keep)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dkl_T: Tensor) -> tuple[Tensor | None, ...]:
+        gradients_TM, *tensors, picked_TM = ctx.saved_tensors
+        return *backward(dkl_T, gradients_TM, *tensors, *ctx.numbers, picked_TM), *((None,) * 8)

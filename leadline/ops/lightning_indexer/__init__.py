@@ -26,7 +26,6 @@ def pick_entries(q_TJI: Tensor, weight_TJ: Tensor, keys_CI: Tensor, reach: Reach
         assert reach.first_entry_T is not None
         assert reach.visible_T is not None
         assert reach.most_visible is not None
-        seen = reach.first_entry_T, reach.visible_T, reach.most_visible
-        operands = q_TJI.detach(), weight_TJ.detach(), keys_CI.detach()
-        return kernel.pick_entries(*operands, *seen, len(reach.lengths), k)
+        seen = reach.first_entry_T, reach.visible_T, reach.most_visible, len(reach.lengths)
+        return kernel.pick(q_TJI.detach(), weight_TJ.detach(), keys_CI.detach(), *seen, k)
     return pick_entries_reference(q_TJI, weight_TJ, keys_CI, reach, k)

@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leadline.ops.opaque import opaque
 from leadline.ops.select_topk.kernel import select_into
 
 WORKSPACE_BYTES = 256 * 2**20
@@ -223,31 +224,32 @@ def head_sums(
     )  # fmt: skip
 
 
-@torch.library.custom_op("leadline::pick_entries", mutates_args=())
-def pick_entries(
+def _empty_picks(
     q_TJI: Tensor, weight_TJ: Tensor, keys_CI: Tensor,
     first_entry_T: Tensor, visible_T: Tensor, most_visible: int, num_sequences: int, k: int,
 ) -> Tensor:  # fmt: skip
-    """The operation of `pick_entries_reference`, with `Reach` in its parts, except that NaN is no error: such a score
+    return torch.empty((len(q_TJI), min(k, most_visible)), dtype=torch.int64, device=q_TJI.device)
+
+
+@opaque(_empty_picks)
+def pick(
+    q_TJI: Tensor, weight_TJ: Tensor, keys_CI: Tensor,
+    first_entry_T: Tensor, visible_T: Tensor, most_visible: int, num_sequences: int, k: int,
+) -> Tensor:  # fmt: skip
+    """The operation of `pick_entries_reference`, with the parts of `Reach`, except that NaN is no error: such a score
     ranks above every number."""
-    picked_TM = torch.empty((len(q_TJI), min(k, most_visible)), dtype=torch.int64, device=q_TJI.device)
+    seen = first_entry_T.contiguous(), visible_T.contiguous()
+    picked_TM = _empty_picks(q_TJI, weight_TJ, keys_CI, *seen, most_visible, num_sequences, k)
     if not picked_TM.numel():
         return picked_TM
     q_TJI, weight_TJ, keys_CI = q_TJI.contiguous(), weight_TJ.contiguous(), keys_CI.contiguous()
-    reached = Reached(first_entry_T.contiguous(), visible_T.contiguous(), most_visible, len(q_TJI) // num_sequences)
+    reached = Reached(*seen, most_visible, len(q_TJI) // num_sequences)
     width = triton.cdiv(most_visible, 16) * 16  # rows that begin at multiples of 64 bytes
-    scores_tX = torch.empty((min(len(q_TJI), max(1, WORKSPACE_BYTES // (4 * width))), width), device=q_TJI.device)
-    for start in range(0, len(q_TJI), len(scores_tX)):
-        stop = min(start + len(scores_tX), len(q_TJI))
-        here_tX, here_tM = scores_tX[: stop - start], picked_TM[start:stop]
+    rows = max(1, min(len(q_TJI), WORKSPACE_BYTES // (4 * width)))
+    scores_tX = torch.empty((rows, width), dtype=torch.float32, device=q_TJI.device)
+    for start in range(0, len(q_TJI), rows):
+        stop = min(start + rows, len(q_TJI))
+        here_tX = scores_tX[: stop - start]
         head_sums(q_TJI, weight_TJ, keys_CI, reached, None, here_tX, start, enough=picked_TM.shape[1])
-        select_into(here_tX, reached.visible_T[start:stop], here_tM)
+        select_into(here_tX, reached.visible_T[start:stop], picked_TM[start:stop])
     return picked_TM
-
-
-@pick_entries.register_fake
-def _(
-    q_TJI: Tensor, weight_TJ: Tensor, keys_CI: Tensor,
-    first_entry_T: Tensor, visible_T: Tensor, most_visible: int, num_sequences: int, k: int,
-) -> Tensor:  # fmt: skip
-    return q_TJI.new_empty((len(q_TJI), min(k, most_visible)), dtype=torch.int64)

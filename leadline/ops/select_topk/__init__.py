@@ -21,5 +21,5 @@ def select_topk(scores_TC: Tensor, visible_T: Tensor, k: int) -> Tensor:
     if use_kernel("select_topk", scores_TC):
         from leadline.ops.select_topk import kernel
 
-        return kernel.select_topk(scores_TC, visible_T, k)
+        return kernel.select(scores_TC, visible_T, k)
     return select_topk_reference(scores_TC, visible_T, k)

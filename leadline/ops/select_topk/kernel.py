@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leadline.ops.opaque import opaque
+
 LARGEST_PART = 16384  # columns that fit into the registers of one program
 COLUMNS_PER_WARP = 1024
 
@@ -122,15 +124,14 @@ def select_into(scores_TC: Tensor, visible_T: Tensor, picked_TK: Tensor) -> None
             visible_T = left_T
 
 
-@torch.library.custom_op("leadline::select_topk", mutates_args=())
-def select_topk(scores_TC: Tensor, visible_T: Tensor, k: int) -> Tensor:
+def _empty_picks(scores_TC: Tensor, visible_T: Tensor, k: int) -> Tensor:
+    return torch.empty((len(scores_TC), k), dtype=torch.int64, device=scores_TC.device)
+
+
+@opaque(_empty_picks)
+def select(scores_TC: Tensor, visible_T: Tensor, k: int) -> Tensor:
     """The operation of `select_topk_reference`, except that NaN is no error: it ranks above every number."""
-    picked_Tk = torch.empty((len(scores_TC), k), dtype=torch.int64, device=scores_TC.device)
+    picked_Tk = _empty_picks(scores_TC, visible_T, k)
     if picked_Tk.numel():
         select_into(scores_TC.contiguous(), visible_T.contiguous(), picked_Tk)
     return picked_Tk
-
-
-@select_topk.register_fake
-def _(scores_TC: Tensor, visible_T: Tensor, k: int) -> Tensor:
-    return torch.empty((len(scores_TC), k), dtype=torch.int64, device=scores_TC.device)
