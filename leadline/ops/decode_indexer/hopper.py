@@ -1,0 +1,112 @@
+"""Index scores of single queries for Hopper, in Gluon: the scores kernel of `kernel.py` with layouts chosen by hand.
+
+The first operand of a product may come from registers, where four threads have a row of it: thread i the values 2i,
+2i + 1, 2i + 8 and 2i + 9 of every 16. In memory a packed key is four times 16 bytes with one scale each. A product does
+not ask for an order of the values it sums up, as long as both operands have the same. So thread i takes the i-th 16
+bytes and the i-th scale, and what it decodes stands where the matrix unit wants it; only the query, once in a program,
+is put into the same order. Nothing of a key ever moves between threads or through shared memory.
+
+value  k = 32 i + 2 b + n  of byte b, nibble n   becomes   place  p = (16 (b div 2) + 8 (b mod 2) + 2 i + n)
+
+The bytes of the next tile are loaded while one is multiplied, and their pages one tile earlier. Programs are small, four
+warps, and several share a multiprocessor, so that decoding, matrix products and sums of different tiles overlap.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
+
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # as Triton 3.6 calls it
+
+# [keys, quarters of a key, words, or values, of a quarter]: the rows of a warp's threads are those of a product.
+_LANES = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
+_WARPS = [[16, 0, 0], [32, 0, 0]]
+WORDS = gl.constexpr(gl.DistributedLinearLayout([[0, 0, 1], [0, 0, 2], [8, 0, 0]], _LANES, _WARPS, [], [64, 4, 4]))
+VALUES = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8], [0, 0, 16], [8, 0, 0]], _LANES, _WARPS, [], [64, 4, 32]
+    )
+)
+PRODUCTS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+OPERAND = gl.constexpr(gl.DotOperandLayout(0, PRODUCTS.value, 2))
+KEYS = gl.constexpr(gl.SliceLayout(1, PRODUCTS.value))
+QUERY = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
+
+
+@gluon.jit
+def _in_order(x):
+    """Values [rows, 4 quarters, 32] or [rows, 128] in the order of the products."""
+    return x.reshape([64, 4, 16, 2]).permute([0, 2, 1, 3]).reshape([64, 128])
+
+
+@gluon.jit
+def _rows(pages_NP, tile, visible):
+    """Rows of the keys of a tile, -1 for those that are not visible."""
+    key = tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, gl.SliceLayout(2, WORDS)))
+    page = gl.load(pages_NP + key // 32, mask=key < visible, other=-1)
+    return gl.where(page >= 0, page.to(gl.int64) * 32 + key % 32, -1)
+
+
+@gluon.jit
+def _load(codes, scales, rows):
+    """Words [64, 4, 4] and scales [64, 4] of packed keys."""
+    quarter = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, WORDS)))
+    word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))
+    place = (rows[:, None] * 16 + quarter[None, :] * 4).expand_dims(2) + word[None, None, :]
+    words = gl.load(codes + place, mask=(rows >= 0)[:, None].expand_dims(2), other=0)
+    return words, gl.load(scales + rows[:, None] * 4 + quarter[None, :], mask=(rows >= 0)[:, None], other=0).to(gl.int32)
+
+
+@gluon.jit
+def _decode(words, scales):
+    """The keys [64, 128] in bfloat16, as the first operand of a product."""
+    first, second = (words & 0xFF).to(gl.uint8), ((words >> 8) & 0xFF).to(gl.uint8)
+    third, fourth = ((words >> 16) & 0xFF).to(gl.uint8), ((words >> 24) & 0xFF).to(gl.uint8)
+    codes = gl.join(gl.join(first, third), gl.join(second, fourth)).reshape([64, 4, 16])
+    values = gl.convert_layout(gl.fp4_to_fp(codes, gl.bfloat16, 2), VALUES, assert_trivial=True)
+    bits = gl.where(scales == 255, 0x7FC0, gl.maximum(scales << 7, 0x40))
+    scale = bits.to(gl.int16).to(gl.bfloat16, bitcast=True)
+    scale = gl.convert_layout(scale, gl.SliceLayout(2, VALUES), assert_trivial=True)
+    return gl.convert_layout(_in_order(values * scale.expand_dims(2)), OPERAND, assert_trivial=True)
+
+
+@gluon.jit
+def decode_index_scores_hopper_kernel(
+    q_TJI, weight_TJ, codes, scales, pages_NP, sequence_T, visible_T, scores_TC, best_TG, P, M, C, G
+):
+    """Ordered scores of the keys of one query, and the best of each 16; nothing for a query whose visible entries are all
+    picked. 64 heads of 128; codes come as int32."""
+    t = gl.program_id(1).to(gl.int64)
+    visible = gl.load(visible_T + t).to(gl.int32)
+    if visible <= M:
+        return
+    step = gl.num_programs(0)
+    tile = gl.program_id(0)
+    tiles = gl.cdiv(visible, 64)
+    pages_NP += gl.load(sequence_T + t).to(gl.int64) * P
+    rows = _rows(pages_NP, tile, visible)
+    head = gl.arange(0, 64, gl.SliceLayout(1, QUERY))
+    column = gl.arange(0, 128, gl.SliceLayout(0, QUERY))
+    query = gl.load(q_TJI + t * 8192 + head[:, None] * 128 + column[None, :])
+    weight = gl.load(weight_TJ + t * 64 + gl.arange(0, 64, gl.SliceLayout(0, PRODUCTS)))
+    words, exponents = _load(codes, scales, rows)
+    rows = _rows(pages_NP, tile + step, visible)
+    q = gl.allocate_shared_memory(gl.bfloat16, [64, 128], gl.NVMMASharedLayout(128, 16))
+    q.store(_in_order(query))
+    fence_async_shared()
+    barrier()
+    for tile in range(tile, tiles, step):
+        keys = _decode(words, exponents)
+        words, exponents = _load(codes, scales, rows)
+        rows = _rows(pages_NP, tile + 2 * step, visible)
+        products = warpgroup_mma(keys, q.permute([1, 0]), gl.zeros([64, 64], gl.float32, PRODUCTS), use_acc=False)
+        score = gl.sum(gl.maximum(products, 0.0) * weight[None, :], 1)
+        bits = gl.where(score == 0, 0.0, score).to(gl.int32, bitcast=True)
+        ordered = gl.minimum(gl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), -(2**31) + 1), 2**31 - 2)
+        key = tile * 64 + gl.arange(0, 64, KEYS)
+        ordered = gl.where(key < visible, ordered, -(2**31))
+        gl.store(scores_TC + t * C + key, ordered)
+        best = gl.max(ordered.reshape([4, 16]), 1)
+        gl.store(best_TG + t * G + tile * 4 + gl.arange(0, 4, best.type.layout), best)
