@@ -321,6 +321,17 @@ def tail_bytes(c: ModelConfig) -> int:
     return num_layers_of(c, CSA_RATIO) * csa + num_layers_of(c, HCA_RATIO) * tail(HCA_RATIO, c.head_dim)
 
 
+def page_bytes(c: ModelConfig, entry: int, index_key: int) -> int:
+    """What all layers keep of 128 tokens: 32 entries and index keys of each CSA layer, one entry of each HCA layer."""
+    whole = kv_cache_breakdown(c, HCA_RATIO, entry, index_key)
+    return whole["csa_entries"] + whole["index_keys"] + whole["hca_entries"]
+
+
+def slot_bytes(c: ModelConfig, entry: int) -> int:
+    """What all layers, MTP blocks included, keep of a sequence whatever its length: W entries each, and the tails."""
+    return (c.num_hidden_layers + len(c.mtp_ratios)) * c.sliding_window * entry + tail_bytes(c)
+
+
 # -- training memory ---------------------------------------------------------------------------------------------
 
 

@@ -23,14 +23,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from leadline.formats.cache_entry import PackedIndex
 from leadline.model.cache_format import CacheFormat
 from leadline.model.compressor import Compressor
-from leadline.model.config import CSA_RATIO, ModelConfig
+from leadline.model.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from leadline.model.indexer import Indexer, IndexOperands
 from leadline.model.linear import GroupedOutput, Linear, Norm
-from leadline.model.segment import SegmentIndex
+from leadline.model.segment_index import SegmentIndex
 from leadline.model.signals import IndexerSignals, Training
 from leadline.model.state import LayerState
+from leadline.ops.cache_rows import Source
+from leadline.ops.decode_attention import decode_attention
 from leadline.ops.indexer_loss import indexer_loss, indexer_recall
 from leadline.ops.rms_norm import rms_norm
 from leadline.ops.rope import rope
@@ -69,11 +72,11 @@ class Attention(nn.Module):
         q_THK = rope(rms_norm(q_THK, None, self.eps), *rotation)
         keys_TK = rope(rms_norm(self.wkv(x_TD), self.kv_norm.weight, self.eps), *rotation)
         keys_TK = cache_format.key(keys_TK, self.rotary_width)
-        keys_XK = keys_TK if state is None else state.with_past(keys_TK, index.ring)
+        keys = keys_TK if state is None else state.with_past(keys_TK, index.ring)
 
-        entries_CK = picked_TM = operands = None
+        entries = picked_TM = operands = None
         if self.compressor is not None:
-            entries_CK = self.compressor(
+            entries = self.compressor(
                 x_TD, index, state.entries if state else None, lambda x: cache_format.key(x, self.rotary_width)
             )
         if self.indexer is not None:
@@ -82,15 +85,27 @@ class Attention(nn.Module):
             operands = operands if training else None
 
         attended_TM = None if training and training.dense else picked_TM
-        o_THK, lse_TH = sparse_attention(
-            q_THK, keys_XK, entries_CK, self.attn_sink, index.reach(self.ratio), attended_TM
-        )
+        o_THK, lse_TH = self._attend(q_THK, keys, entries, attended_TM, index)
         signals = None
-        if training and operands is not None and entries_CK is not None and picked_TM is not None:
-            signals = self._signals(operands, q_THK, entries_CK, lse_TH, picked_TM, index, training)
+        if training and operands is not None and picked_TM is not None:
+            assert isinstance(entries, Tensor)
+            signals = self._signals(operands, q_THK, entries, lse_TH, picked_TM, index, training)
         del q_THK, operands  # outside of training nobody needs them now, and they are as large as the output
         o_THK = rope(o_THK, *rotation, inverse=True)
         return self._project(o_THK), signals
+
+    def _attend(
+        self, q_THK: Tensor, keys: Source, entries: Source | None, picked_TM: Tensor | None, index: SegmentIndex
+    ) -> tuple[Tensor, Tensor]:
+        """o [T, H, K] and the log of the denominator [T, H], from what was gathered or from the rows to look up."""
+        if index.lookup is None:
+            assert isinstance(keys, Tensor)
+            assert entries is None or isinstance(entries, Tensor)
+            return sparse_attention(q_THK, keys, entries, self.attn_sink, index.reach(self.ratio), picked_TM)
+        assert not isinstance(keys, PackedIndex)
+        assert not isinstance(entries, PackedIndex)
+        rows_TM = index.lookup.entries_TP if self.ratio == HCA_RATIO else picked_TM
+        return decode_attention(q_THK, keys, index.lookup.window_TW, entries, rows_TM, self.attn_sink)
 
     def _project(self, o_THK: Tensor) -> Tensor:
         """Grouped output (report 2.3.3): each group of heads has its own map to L, then all groups together to D."""
@@ -107,8 +122,12 @@ class Attention(nn.Module):
         training: Training,
     ) -> IndexerSignals:
         reach = index.reach(CSA_RATIO)
+        q_TJI, weight_TJ, keys_CI = operands
+        assert isinstance(keys_CI, Tensor)
         q_THK, entries_CK = q_THK.detach(), entries_CK.detach()
-        kl_T = indexer_loss(*operands, q_THK, entries_CK, lse_TH, reach, None if training.dense else picked_TM)
+        kl_T = indexer_loss(
+            q_TJI, weight_TJ, keys_CI, q_THK, entries_CK, lse_TH, reach, None if training.dense else picked_TM
+        )
         assert reach.visible_T is not None
         sees_T = reach.visible_T > 0
         step = max(1, len(q_THK) // max(training.recall_queries, 1))

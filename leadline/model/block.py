@@ -10,7 +10,7 @@ from leadline.model.config import ModelConfig
 from leadline.model.hyper_connections import HyperConnection
 from leadline.model.linear import Norm
 from leadline.model.moe import MoE
-from leadline.model.segment import SegmentIndex
+from leadline.model.segment_index import SegmentIndex
 from leadline.model.signals import BlockSignals, Training
 from leadline.model.state import LayerState
 from leadline.ops.rms_norm import rms_norm

@@ -1,8 +1,12 @@
 """Cache formats: what window keys, entries and index keys are rounded to before anything looks at them.
 
 The released models keep the first K - R values of a key or entry in FP8 (blocks of 64) and the R rotary values in BF16,
-and index queries and keys in FP4 (blocks of 32) after a Hadamard rotation (report 5.2.1). `SERVED` rounds through these
-formats and back; `EXACT` leaves every value as computed and is the default.
+and index queries and keys in FP4 (blocks of 32) after a Hadamard rotation (report 5.2.1).
+
+- `EXACT`, the default, leaves every value as computed.
+- `SERVED` rounds through these formats and back, so that floats hold what the bytes would.
+- `PACKED` rounds the same way, and a state keeps the bytes (`formats.cache_entry`). Every logit has the bits of
+  `SERVED`; only the memory differs.
 
 The gradient passes straight through the rounding.
 """
@@ -14,24 +18,25 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from leadline.formats import fp4, fp8, hadamard
+from leadline.formats import fp4, hadamard
+from leadline.formats.cache_entry import round_keys
 
 Rounding = Callable[[Tensor], Tensor]
-
-FP8_BLOCK = 64
 
 
 @dataclass(frozen=True)
 class CacheFormat:
-    """Roundings of the two kinds of cached vectors.
+    """Roundings of the two kinds of cached vectors, and the form that a state keeps them in.
 
     key: applied to window keys and entries [..., K] given the width of their rotary part.
     index: applied to index queries and keys [..., I].
+    packed: whether a state keeps bytes, in place of floats in the model's dtype.
     """
 
     name: str
     key: Callable[[Tensor, int], Tensor]
     index: Rounding
+    packed: bool = False
 
 
 def _straight_through(x: Tensor, rounded: Tensor) -> Tensor:
@@ -39,9 +44,7 @@ def _straight_through(x: Tensor, rounded: Tensor) -> Tensor:
 
 
 def _served_key(x: Tensor, rotary_width: int) -> Tensor:
-    rounded = x.detach().clone()
-    rounded[..., :-rotary_width] = fp8.fake_quantize(rounded[..., :-rotary_width], FP8_BLOCK)
-    return _straight_through(x, rounded)
+    return _straight_through(x, round_keys(x.detach(), rotary_width))
 
 
 def _served_index(x: Tensor) -> Tensor:
@@ -51,4 +54,5 @@ def _served_index(x: Tensor) -> Tensor:
 
 EXACT = CacheFormat("exact", lambda x, rotary_width: x, lambda x: x)
 SERVED = CacheFormat("served", _served_key, _served_index)
-CACHE_FORMATS = {"exact": EXACT, "served": SERVED}
+PACKED = CacheFormat("packed", _served_key, _served_index, packed=True)
+CACHE_FORMATS = {"exact": EXACT, "served": SERVED, "packed": PACKED}

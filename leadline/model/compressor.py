@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from leadline.model.cache_format import Rounding
 from leadline.model.config import CSA_RATIO, ModelConfig
 from leadline.model.linear import Linear, Norm, linear_fp32
-from leadline.model.segment import SegmentIndex
+from leadline.model.segment_index import SegmentIndex
 from leadline.model.state import CompressorState
+from leadline.ops.cache_rows import Source
 from leadline.ops.gated_pool import gated_pool
 from leadline.ops.rms_norm import rms_norm
 from leadline.ops.rope import rope
@@ -38,12 +39,16 @@ class Compressor(nn.Module):
         self.wgate = Linear(config.hidden_size, columns)
         self.norm = Norm(width)
 
-    def forward(self, x_TD: Tensor, index: SegmentIndex, state: CompressorState | None, rounding: Rounding) -> Tensor:
-        """All entries the layer can see, [C, width] in the dtype of x: rows as `index.reach(ratio)` counts them."""
+    def forward(self, x_TD: Tensor, index: SegmentIndex, state: CompressorState | None, rounding: Rounding) -> Source:
+        """What the layer's queries can see: all entries [C, width] in the dtype of x, as `index.reach` counts them, or
+        the state's own store, of which `index.lookup` names rows."""
         rows = index.pool[self.ratio]
         values_TE = linear_fp32(x_TD, self.wkv.weight)
         scores_TE = linear_fp32(x_TD, self.wgate.weight) + self.ape[index.positions_T % self.ratio]
-        past = (values_TE, scores_TE) if state is None else state.with_past(values_TE, scores_TE)
+        past = (values_TE, scores_TE) if state is None else state.with_past(values_TE, scores_TE, rows)
         new_CD = gated_pool(*past, rows.rows_CG, self.width).to(x_TD.dtype)
-        new_CD = rounding(rope(rms_norm(new_CD, self.norm.weight, self.eps), *rows.rotation))
-        return new_CD if state is None else state.store(values_TE, scores_TE, new_CD, rows)
+        new_CD = rounding(rope(rms_norm(new_CD, self.norm.weight, self.eps), *index.entry_rotation(self.ratio)))
+        if state is None:
+            return new_CD
+        state.entries.write(rows.entry_rows_C, new_CD)
+        return state.entries.source if rows.seen_X is None else state.entries.read(rows.seen_X)

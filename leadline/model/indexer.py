@@ -15,23 +15,26 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from leadline.formats.cache_entry import PackedKeys
 from leadline.model.cache_format import CacheFormat
 from leadline.model.compressor import Compressor
 from leadline.model.config import CSA_RATIO, ModelConfig
 from leadline.model.linear import Linear
-from leadline.model.segment import SegmentIndex
+from leadline.model.segment_index import SegmentIndex
 from leadline.model.state import CompressorState
+from leadline.ops.cache_rows import Source
+from leadline.ops.decode_indexer import decode_pick_entries
 from leadline.ops.lightning_indexer import pick_entries
 from leadline.ops.precision import wide
 from leadline.ops.rope import rope
 
 
 class IndexOperands(NamedTuple):
-    """What the scores are made of: q [T, J, I], weight FP32 [T, J], keys [C, I]."""
+    """What the scores are made of: q [T, J, I], weight FP32 [T, J], keys [C, I] or the store that holds them."""
 
     q_TJI: Tensor
     weight_TJ: Tensor
-    keys_CI: Tensor
+    keys: Source
 
 
 class Indexer(nn.Module):
@@ -57,9 +60,18 @@ class Indexer(nn.Module):
         q_TJI = self.wq_b(q_latent_TQ).unflatten(-1, (self.heads, self.width))
         q_TJI = cache_format.index(rope(q_TJI, *index.rotation(CSA_RATIO)))
         weight_TJ = wide(self.weights_proj(x_TD)) * (self.width**-0.5 * self.heads**-0.5)
-        keys_CI = self.compressor(x_TD, index, state, cache_format.index)
-        return IndexOperands(q_TJI, weight_TJ, keys_CI)
+        return IndexOperands(q_TJI, weight_TJ, self.compressor(x_TD, index, state, cache_format.index))
 
     def pick(self, operands: IndexOperands, index: SegmentIndex) -> Tensor:
-        """picked_TM: the entries each query attends to, numbers within its sequence, -1 = no pick."""
-        return pick_entries(*operands, index.reach(CSA_RATIO), self.topk)
+        """The entries each query attends to, [T, M], -1 = no pick: numbers within its sequence, or, where they are
+        looked up, rows of the store."""
+        q_TJI, weight_TJ, keys = operands
+        if index.lookup is None:
+            assert isinstance(keys, Tensor)
+            return pick_entries(q_TJI, weight_TJ, keys, index.reach(CSA_RATIO), self.topk)
+        assert not isinstance(keys, PackedKeys)
+        pages_NP, visible_T = index.lookup.pages_NP, index.lookup.visible_T
+        _, rows_TM = decode_pick_entries(
+            q_TJI, weight_TJ, keys, pages_NP, index.segment.sequence_T, visible_T, self.topk
+        )
+        return rows_TM

@@ -17,7 +17,7 @@ from leadline.model.cache_format import CacheFormat
 from leadline.model.config import ModelConfig
 from leadline.model.hyper_connections import StreamHead
 from leadline.model.linear import Linear, Norm
-from leadline.model.segment import SegmentIndex
+from leadline.model.segment_index import SegmentIndex
 from leadline.model.signals import BlockSignals, Training
 from leadline.model.state import LayerState
 from leadline.ops.rms_norm import rms_norm

@@ -21,7 +21,9 @@ from leadline.model.config import ModelConfig
 from leadline.model.hyper_connections import StreamHead, spread
 from leadline.model.linear import Linear, Norm, linear_fp32
 from leadline.model.mtp import MTPBlock
-from leadline.model.segment import Segment, SegmentIndex
+from leadline.model.rotary import Rotary
+from leadline.model.segment import Segment
+from leadline.model.segment_index import SegmentIndex
 from leadline.model.signals import BlockSignals, Training
 from leadline.model.state import State
 from leadline.ops.rms_norm import rms_norm
@@ -45,7 +47,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, *, cache_format: CacheFormat = EXACT, with_mtp: bool = True):
         super().__init__()
-        self.config, self.cache_format = config, cache_format
+        self.config, self.cache_format, self.rotary = config, cache_format, Rotary(config)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size, _weight=_table(config))
         self.layers = nn.ModuleList(
             Block(config, ratio, config.is_hash_layer(number)) for number, ratio in enumerate(config.layer_ratios)
@@ -72,9 +74,9 @@ class Transformer(nn.Module):
         return Output(x_TSD, index, signals)
 
     def index(self, segment: Segment, state: State | None) -> SegmentIndex:
-        """Row indices of a segment; makes room in the state."""
+        """Row indices of a segment; makes room in the state, or says which slot has none."""
         if state is None:
-            return SegmentIndex(segment, self.config, 0, None)
+            return SegmentIndex(segment, self.config, None, self.rotary)
         if torch.is_grad_enabled():
             raise ValueError("a state holds no gradients: run under torch.no_grad(), or train without a state")
         weight = self.embed.weight
@@ -83,9 +85,14 @@ class Transformer(nn.Module):
                 f"the state is {state.dtype} on {state.device}, the model {weight.dtype} on {weight.device}: "
                 "build it with the model's dtype and device"
             )
-        state.reserve(segment)
-        capacity = {ratio: state.capacity(ratio) for ratio in set(self.config.layer_ratios) - {0}}
-        return SegmentIndex(segment, self.config, state.slots, capacity)
+        if state.cache_format.packed != self.cache_format.packed:
+            raise ValueError(
+                f"the state's cache format is {state.cache_format.name}, the model's {self.cache_format.name}: build "
+                "the state with the model's"
+            )
+        if segment.places_known:
+            state.reserve(segment)
+        return SegmentIndex(segment, self.config, state.layout, self.rotary)
 
     def hidden(self, streams_TSD: Tensor) -> Tensor:
         """The streams' collapse and the final norm: [T, D], for all rows or the ones you pass."""

@@ -7,29 +7,40 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from leadline.formats import fp4, fp8, hadamard
-from leadline.model.cache_format import CACHE_FORMATS, EXACT, SERVED
+from leadline.model.cache_format import CACHE_FORMATS, EXACT, PACKED, SERVED
 from leadline.model.config import TINY, ModelConfig
 from leadline.model.segment import Segment
 from leadline.model.state import State
 from leadline.model.transformer import Transformer
+
+RandomModel = Callable[[ModelConfig, int], Transformer]
 
 
 def test_exact_leaves_every_value() -> None:
     x = torch.randn(3, 96)
     assert EXACT.key(x, 32) is x
     assert EXACT.index(x) is x
-    assert CACHE_FORMATS == {"exact": EXACT, "served": SERVED}
 
 
+def test_the_formats_by_name() -> None:
+    assert CACHE_FORMATS == {"exact": EXACT, "served": SERVED, "packed": PACKED}
+    assert all(name == cache_format.name for name, cache_format in CACHE_FORMATS.items())
+    assert [cache_format.packed for cache_format in CACHE_FORMATS.values()] == [False, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("width", "rotary"), [(96, 32), (512, 64), (80, 16)])
-def test_served_keys_round_all_but_the_rotary_part(width: int, rotary: int) -> None:
-    x = torch.randn(5, width)
+def test_served_keys_are_fp8_and_bf16(width: int, rotary: int, dtype: torch.dtype) -> None:
+    x = torch.randn(5, width).to(dtype)
     kept = x.clone()
     y = SERVED.key(x, rotary)
-    assert torch.equal(y[:, -rotary:], x[:, -rotary:])
+    assert y.dtype == dtype
+    assert torch.equal(y[:, -rotary:], x[:, -rotary:].bfloat16().to(dtype))
     assert torch.equal(y[:, :-rotary], fp8.fake_quantize(x[:, :-rotary], 64))
     assert not torch.equal(y, x)
     assert torch.equal(x, kept)
@@ -48,9 +59,56 @@ def test_the_gradient_passes_straight_through() -> None:
     torch.testing.assert_close(index_grad, hadamard.rotate(g), rtol=1e-5, atol=1e-6)
 
 
+SHAPES = {
+    "tiny": TINY,
+    "two blocks": TINY.replace(head_dim=96, qk_rope_head_dim=16, index_head_dim=64),
+    "one whole block": TINY.replace(head_dim=96, qk_rope_head_dim=32, index_head_dim=128),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", list(SHAPES))
+@settings(max_examples=2)
+@given(data=st.data())
+def test_packed_has_the_bits_of_served(
+    random_model: RandomModel, shape: str, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    """Every logit of trunk and MTP block, in chunks and steps, with pages anywhere."""
+    model = random_model(SHAPES[shape], 0).to(dtype)
+    length, slots = data.draw(st.sampled_from([9, 140, 290])), 2
+    inner = data.draw(st.lists(st.integers(1, length - 1), max_size=4, unique=True))
+    borders = sorted({0, *inner, *range(length - 5, length), length})
+    tokens = torch.randint(0, 256, (slots, length + 1))
+    served = State(model.config, slots, dtype=dtype)
+    packed = State(model.config, slots, pages=9, max_tokens=300, cache_format=PACKED, dtype=dtype)
+    order = data.draw(st.permutations(range(9)))
+    for slot in range(slots):
+        packed.assign(slot, order[3 * slot : 3 * slot + 3])
+    for start, stop in itertools.pairwise(borders):
+        segment = Segment.of(*tokens[:, start:stop], past=[start] * slots)
+        found = []
+        for model.cache_format, state in ((SERVED, served), (PACKED, packed)):
+            output = model(segment, state)
+            second, _ = model.predict_second(output, tokens[:, start + 1 : stop + 1].flatten(), state)
+            found.append((model.logits(model.hidden(output.streams_TSD)), model.logits(second)))
+        for ours, theirs in zip(*found, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@torch.no_grad()
+def test_a_state_of_another_format_is_refused(random_model: RandomModel) -> None:
+    model = random_model(TINY, 0)
+    with pytest.raises(ValueError, match="the state's cache format is packed, the model's exact: build"):
+        model(Segment.of([1]), State(TINY, 1, cache_format=PACKED))
+    model.cache_format = PACKED
+    with pytest.raises(ValueError, match="the state's cache format is exact, the model's packed: build"):
+        model(Segment.of([1]), State(TINY, 1))
+
+
 @torch.no_grad()
 def test_a_served_model_is_near_the_exact_one_and_chunks_agree(
-    random_model: Callable[[ModelConfig, int], Transformer], logits_of: Callable[..., Tensor]
+    random_model: RandomModel, logits_of: Callable[..., Tensor]
 ) -> None:
     """Rounding happens once per key, whenever it is computed: chunks see the same cache. Everything is picked here, as
     rounded index scores tie often."""

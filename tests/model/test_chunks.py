@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from leadline.model.config import TINY, ModelConfig
+from leadline.model.page_table import num_pages
 from leadline.model.segment import Segment
 from leadline.model.state import State
 from leadline.model.transformer import Transformer
@@ -167,12 +168,8 @@ def test_any_split_of_the_mtp_block(prompts: Prompts, data: st.DataObject) -> No
 
 def fill_with(state: State, garbage: float) -> None:
     """Overwrite all that a state holds."""
-    for layer in [*state.layers, *state.mtp]:
-        layer.window_NWK.fill_(garbage)
-        for part in (layer.entries, layer.index):
-            if part is not None:
-                for tensor in (part.values_NRE, part.scores_NRE, part.entries_NCD):
-                    tensor.fill_(garbage)
+    for tensor in [*state.fixed_tensors().values(), *state.page_tensors().values()]:
+        tensor.fill_(garbage)
 
 
 @settings(max_examples=40)
@@ -229,6 +226,190 @@ def test_a_state_that_grows_in_midstream(prompts: Prompts) -> None:
     assert len(set(capacities)) <= 4, "the slots must at least double when they grow"
     segment = Segment.of(prompts.tokens[2][100:], past=[100], slots=[1])
     assert_close(run(prompts.model, segment, state)[0], prompts.logits[2][100:])
+
+
+class Owner:
+    """Gives the pages of a state to its slots, in any order, and takes them back dirty."""
+
+    def __init__(self, state: State, data: st.DataObject):
+        self.state, self.data = state, data
+        self.free = list(data.draw(st.permutations(range(state.pages.pages))))
+        self.users = [0] * state.pages.pages
+
+    def reach(self, slot: int, tokens: int) -> None:
+        """The pages that this many tokens need: of those that the slot has, and free ones."""
+        pages = self.state.pages.pages_of(slot)
+        count = num_pages(tokens)
+        self.put(slot, pages[:count] + [self.take() for _ in range(count - len(pages))])
+
+    def take(self) -> int:
+        return self.free.pop(self.data.draw(st.sampled_from([0, -1])))
+
+    def put(self, slot: int, pages: list[int]) -> None:
+        before = self.state.pages.pages_of(slot)
+        for page in pages:
+            self.users[page] += 1
+        self.state.assign(slot, pages)
+        for page in before:
+            self.users[page] -= 1
+            if not self.users[page]:
+                self.free.append(page)
+
+    def end(self, slot: int) -> None:
+        self.put(slot, [])
+        self.state.release(slot)
+
+    def fork(self, slot: int, target: int, tokens: int) -> None:
+        """Another slot goes on from where this one is: full pages are shared, the one in writing is copied."""
+        pages = self.state.pages.pages_of(slot)[: num_pages(tokens)]
+        if tokens % 128:
+            own = self.take()
+            self.state.copy_page(pages[-1], own)
+            pages[-1] = own
+        self.put(target, pages)
+        self.state.restore(target, self.state.snapshot(slot))
+
+
+def pool(config: ModelConfig, slots: int, spare_tokens: int = 0) -> State:
+    """Pages full of NaN for every slot's longest prompt, and as many again."""
+    per_slot = num_pages(max(LENGTHS))
+    state = State(config, slots, pages=2 * slots * per_slot, max_tokens=max(LENGTHS), spare_tokens=spare_tokens)
+    fill_with(state, float("nan"))
+    return state
+
+
+@settings(max_examples=20)
+@given(st.data())
+def test_where_the_pages_are_changes_no_bit(prompts: Prompts, data: st.DataObject) -> None:
+    number = data.draw(st.sampled_from(range(len(LENGTHS))))
+    borders = cuts(data, LENGTHS[number], most=6)
+    expected = prompts.state(2)
+    logits = runs_of(prompts, number, borders, 1, expected)
+    state = pool(prompts.config, 2)
+    owner, parts = Owner(state, data), []
+    for start, stop in itertools.pairwise(borders):
+        owner.reach(1, stop)
+        parts.append(runs_of(prompts, number, [start, stop], 1, state))
+    assert torch.equal(torch.cat(parts), logits)
+    pages, finished = state.pages.pages_of(1), expected.page_tensors()
+    for name, tensor in state.page_tensors().items():
+        found, wanted = tensor[pages].flatten(0, 1), finished[name].unflatten(0, (2, -1))[1].flatten(0, 1)
+        count = LENGTHS[number] * tensor.shape[1] // 128
+        assert torch.equal(found[:count], wanted[:count]), name
+
+
+@dataclass
+class Running:
+    """A prompt in a slot, and how many of its tokens the slot has seen."""
+
+    number: int
+    seen: int = 0
+
+
+def go_on(prompts: Prompts, owner: Owner, running: dict[int, Running], data: st.DataObject) -> None:
+    """Some more tokens of each of these slots in one segment; the logits are those of a run alone."""
+    slots = [slot for slot, run in running.items() if run.seen < LENGTHS[run.number]]
+    if not slots:
+        return
+    stops = []
+    for slot in slots:
+        rest = LENGTHS[running[slot].number] - running[slot].seen
+        stops.append(running[slot].seen + min(rest, data.draw(st.sampled_from([1, 1, 5, 64, 200]))))
+        owner.reach(slot, stops[-1])
+    past = [running[slot].seen for slot in slots]
+    runs = list(zip([running[slot].number for slot in slots], past, stops, strict=True))
+    segment = Segment.of(*(prompts.tokens[number][start:stop] for number, start, stop in runs), past=past, slots=slots)
+    found = run(prompts.model, segment, owner.state)
+    for slot, (number, start, stop), logits in zip(slots, runs, found, strict=True):
+        assert_close(logits, prompts.logits[number][start:stop])
+        running[slot].seen = stop
+
+
+def stray(prompts: Prompts, owner: Owner, slot: int, seen: int, data: st.DataObject) -> None:
+    """Some tokens that are not the prompt's."""
+    length = data.draw(st.sampled_from([1, 7, 60]))
+    owner.reach(slot, seen + length)
+    run(prompts.model, Segment.of(torch.arange(length), past=[seen], slots=[slot]), owner.state)
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_pages_handed_out_shared_and_taken_back(prompts: Prompts, data: st.DataObject) -> None:
+    """Prompts start, go on in any mixture, fork, go astray and back, and end; nothing that others left is ever seen."""
+    state = pool(prompts.config, 4, spare_tokens=data.draw(st.sampled_from([0, 4])))
+    owner, running = Owner(state, data), {0: Running(0)}
+    for _ in range(data.draw(st.integers(4, 12))):
+        slot = data.draw(st.sampled_from(sorted(running)))
+        seen, idle = running[slot].seen, sorted(set(range(4)) - set(running))
+        act = data.draw(st.sampled_from(["all go on", "one goes on", "start", "fork", "fork astray", "go back", "end"]))
+        if act == "all go on":
+            go_on(prompts, owner, running, data)
+        elif act == "one goes on":
+            go_on(prompts, owner, {slot: running[slot]}, data)
+        elif act == "start" and idle:
+            running[idle[0]] = Running(data.draw(st.sampled_from(range(len(LENGTHS)))))
+        elif act == "fork" and idle:
+            owner.fork(slot, idle[0], seen)
+            running[idle[0]] = Running(running[slot].number, seen)
+        elif act == "fork astray" and idle:
+            owner.fork(slot, idle[0], seen)
+            stray(prompts, owner, idle[0], seen, data)
+            owner.end(idle[0])
+        elif act == "go back":
+            before = state.snapshot(slot)
+            stray(prompts, owner, slot, seen, data)
+            state.restore(slot, before)
+            owner.reach(slot, seen)
+        elif act == "end" and len(running) > 1:
+            owner.end(slot)
+            del running[slot]
+    go_on(prompts, owner, running, data)
+
+
+@settings(max_examples=15)
+@given(st.data())
+def test_drafts_are_verified_and_taken_back(prompts: Prompts, data: st.DataObject) -> None:
+    """Steps of up to eight tokens, the last of which may be wrong. With as many spare rows nothing need be restored:
+    the next step writes over them. Trunk and MTP block."""
+    state = pool(prompts.config, 2, spare_tokens=7)
+    owner, number, slot = Owner(state, data), data.draw(st.sampled_from([0, 2])), 1
+    tokens, seen = prompts.tokens[number], data.draw(st.sampled_from([0, 1, 100, 119, 125, 127, 128]))
+    if seen:
+        owner.reach(slot, seen)
+        run_mtp(prompts.model, Segment.of(tokens[:seen], slots=[slot]), [tokens[1 : seen + 1]], state)
+    for _ in range(4):
+        right = data.draw(st.integers(1, min(8, LENGTHS[number] - 1 - seen)))
+        wrong = torch.arange(data.draw(st.integers(0, 8 - right)))
+        owner.reach(slot, seen + right + len(wrong))
+        draft = torch.cat([tokens[seen : seen + right], wrong])
+        following = torch.cat([tokens[seen + 1 : seen + right + 1], wrong])
+        segment = Segment.of(draft, past=[seen], slots=[slot])
+        with torch.no_grad():
+            output = prompts.model(segment, state)
+            assert output.index.lookup is not None
+            hidden, _ = prompts.model.predict_second(output, following, state)
+            found = prompts.model.logits(prompts.model.hidden(output.streams_TSD)), prompts.model.logits(hidden)
+        for logits, expected in zip(found, (prompts.logits[number], prompts.mtp_logits[number]), strict=True):
+            assert_close(logits[:right], expected[seen : seen + right])
+        seen += right
+        owner.reach(slot, seen)
+
+
+def test_a_step_whose_places_only_the_device_knows(prompts: Prompts) -> None:
+    """The same tensors, filled anew before each step, as a captured graph would read them."""
+    state = pool(prompts.config, 4)
+    seen, slots = [118, 130], [3, 1]
+    for number, (slot, tokens) in enumerate(zip(slots, seen, strict=True)):
+        state.assign(slot, [7 - number, 2 + number, 11 + number])
+        run(prompts.model, Segment.of(prompts.tokens[number][:tokens], slots=[slot]), state)
+    tokens_T, positions_T = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    segment = Segment.on_device(tokens_T, positions_T, torch.tensor(slots), longest=384)
+    for step in range(15):
+        places = [past + step for past in seen]
+        tokens_T.copy_(torch.stack([prompts.tokens[number][place] for number, place in enumerate(places)]))
+        positions_T.copy_(torch.tensor(places))
+        for number, logits in enumerate(run(prompts.model, segment, state)):
+            assert_close(logits, prompts.logits[number][places[number] : places[number] + 1])
 
 
 # In these two every token visits all experts, so that other tokens cannot change the shape of a matrix product: then
@@ -294,11 +475,10 @@ def test_a_token_reaches_its_own_entry_and_the_next_overlapping_one(
     for sequence in (tokens, torch.where(torch.arange(260) == changed, 99, tokens)):
         state = State(config, 1)
         run(model, Segment.of(sequence), state)
-        kept.append(state.layers[0])
-    for before, after in ((kept[0].entries, kept[1].entries), (kept[0].index, kept[1].index)):
-        if before is not None and after is not None:
-            differing = (before.entries_NCD != after.entries_NCD).any(-1)[0].nonzero().flatten().tolist()
-            assert differing == ([changed // 4, changed // 4 + 1] if ratio == 4 else [changed // 128])
+        kept.append({name: tensor.flatten(0, 1) for name, tensor in state.page_tensors().items()})
+    for name, before in kept[0].items():
+        differing = (before != kept[1][name]).any(-1).nonzero().flatten().tolist()
+        assert differing == ([changed // 4, changed // 4 + 1] if ratio == 4 else [changed // 128])
 
 
 def test_shifting_every_position_by_a_multiple_of_128_changes_nothing(prompts: Prompts) -> None:
@@ -309,10 +489,9 @@ def test_shifting_every_position_by_a_multiple_of_128_changes_nothing(prompts: P
         index = model.index(segment, None)
         x = model.embed(segment.tokens_T)[:, None].expand(-1, model.config.hc_mult, -1)
         for ratio in (0, 4, 128):
-            index._rotation[ratio] = index._rotate(segment.positions_T + 10 * 128, ratio)
+            index._rotation[ratio] = model.rotary.at(segment.positions_T + 10 * 128, ratio)
         for ratio, rows in index.pool.items():
-            first = torch.arange(len(rows.rows_CG)) * ratio
-            object.__setattr__(rows, "rotation", index._rotate(first + 10 * 128, ratio))
+            index._entry_rotation[ratio] = model.rotary.at(rows.entry_positions_C + 10 * 128, ratio)
         for block in model.layers:
             x, _ = block(x, index, None, model.cache_format)
         logits = model.logits(model.hidden(x))

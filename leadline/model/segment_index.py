@@ -1,0 +1,64 @@
+"""The index of a segment: every row index and rotation that the layers of one forward pass share.
+
+All layers need the same few lists: which keys form the window, which tokens an entry pools, where the entry goes, which
+entries there are to see. They depend on lengths and places and on no number of the model, so they are worked out once
+for each forward pass. `chunk_rows.py` does it for segments of any lengths, `step_rows.py` for those that bring a token
+or few of each sequence to a state.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from leadline.model.chunk_rows import ChunkRows
+from leadline.model.config import ModelConfig
+from leadline.model.rotary import Rotary, Rotation
+from leadline.model.rows import Layout, PoolRows
+from leadline.model.segment import Segment
+from leadline.model.step_rows import Lookup, StepRows
+from leadline.ops.reach import Reach
+
+
+class SegmentIndex:
+    """ring, pool: rows around the window, and around the tails and entries of the layers of each ratio.
+
+    lookup: of a decoding step, the rows that its tokens see; None for other segments, and then `reach` says it.
+    layout: of the `State` in use; None when there is none, and then a segment brings all that it looks back at.
+    rotary: of the model; None makes one.
+    """
+
+    def __init__(self, segment: Segment, config: ModelConfig, layout: Layout | None, rotary: Rotary | None = None):
+        if layout is None and any(segment.past):
+            raise ValueError(f"sequences with a past {segment.past} need a state")
+        self.segment = segment
+        rotary = rotary or Rotary(config)
+        ratios = sorted(set(config.layer_ratios) - {0})
+        self.lookup: Lookup | None = None
+        self._reach: dict[int, Reach] = {}
+        if layout is not None and max(segment.lengths) <= 1 + layout.spare_tokens:
+            rows = StepRows(segment, config.sliding_window, layout)
+            self.lookup = rows.lookup()
+        else:
+            rows = ChunkRows(segment, config.sliding_window, layout)
+            self._reach[0] = rows.window_reach()
+            self._reach |= {ratio: rows.entry_reach(ratio, self._reach[0]) for ratio in ratios}
+        self.ring = rows.ring()
+        self.pool: dict[int, PoolRows] = {ratio: rows.pool(ratio) for ratio in ratios}
+        self._rotation = {ratio: rotary.at(segment.positions_T, ratio) for ratio in (0, *ratios)}
+        self._entry_rotation = {ratio: rotary.at(pool.entry_positions_C, ratio) for ratio, pool in self.pool.items()}
+
+    @property
+    def positions_T(self) -> Tensor:
+        return self.segment.positions_T
+
+    def rotation(self, ratio: int) -> Rotation:
+        """cos and sin [T, R/2] of the new tokens in a layer of this ratio."""
+        return self._rotation[ratio]
+
+    def entry_rotation(self, ratio: int) -> Rotation:
+        """cos and sin [C, R/2] of the entries that this segment makes in a layer of this ratio."""
+        return self._entry_rotation[ratio]
+
+    def reach(self, ratio: int) -> Reach:
+        """What the queries of a layer of this ratio may see, in a segment that is not a step."""
+        return self._reach[ratio]

@@ -1,0 +1,107 @@
+"""Row indices of decoding steps: what a layer looks back at is looked up where it lies.
+
+A step brings one new token of each sequence, or the few of a draft that is being verified. To gather a past of a
+million tokens for it would be most of the work, so nothing is gathered. The new keys, tails and entries are stored
+first; then every query names the rows that it sees, in the rings and in the pages of its sequence. Rings must have room
+for it: a step of 1 + k tokens needs k spare rows, so that its last token overwrites nothing that its first one sees.
+
+All rows are worked out on the device from three tensors: the positions of the tokens, the slots of the sequences, and
+the page table. Shapes depend on none of their values; where the host knows the positions, it leaves out the entries
+that no token finishes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leadline.model.config import CSA_RATIO, HCA_RATIO
+from leadline.model.page_table import PAGE_TOKENS, num_pages, page_entries
+from leadline.model.rows import Layout, PoolRows, RingRows, ring_length
+from leadline.model.segment import Segment
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """The rows that each token of a step sees; int32, -1 = none.
+
+    window_TW: of the window rings. entries_TP: of the entries of HCA layers, one for each of the P pages.
+    pages_NP: the pages of each sequence. visible_T: how many entries of CSA layers each token sees.
+    """
+
+    window_TW: Tensor
+    entries_TP: Tensor
+    pages_NP: Tensor
+    visible_T: Tensor
+
+
+class StepRows:
+    """Row indices of a segment whose sequences bring at most 1 + spare tokens."""
+
+    def __init__(self, segment: Segment, window: int, layout: Layout):
+        self._segment, self._window, self._spare = segment, window, layout.spare_tokens
+        self._slot_T = segment.slots_N[segment.sequence_T]
+        pages = num_pages(max(past + length for past, length in zip(segment.past, segment.lengths, strict=True)))
+        self._pages_NP = layout.pages.table_NP[segment.slots_N, :pages]
+
+    def ring(self) -> RingRows:
+        """Around the window."""
+        new_T = torch.arange(self._segment.num_tokens, device=self._segment.device)
+        return RingRows(None, None, new_T, self._ring_rows(new_T, 1, self._window)[:, 0])
+
+    def pool(self, ratio: int) -> PoolRows:
+        """Around the tails and entries of the layers of a ratio: one entry for every token that may finish one."""
+        segment, token_C = self._segment, self._finishing(ratio)
+        position_C = segment.positions_T[token_C]
+        finished_C = (position_C + 1) % ratio == 0
+        rows_CG = self._ring_rows(token_C, ring_length(ratio), ring_length(ratio))
+        # An entry that is not finished goes nowhere; its own token stands in for the slots, so that little is read.
+        rows_CG[:, :-1] = torch.where(finished_C[:, None], rows_CG[:, :-1], -1)
+        page_C = self._pages_NP[segment.sequence_T[token_C], position_C // PAGE_TOKENS].long()
+        entry_C = page_C * page_entries(ratio) + position_C % PAGE_TOKENS // ratio
+        new_T = torch.arange(segment.num_tokens, device=segment.device)
+        return PoolRows(
+            past_X=None,
+            rows_CG=rows_CG,
+            entry_positions_C=position_C // ratio * ratio,
+            entry_rows_C=torch.where(finished_C, entry_C, -1),
+            seen_X=None,
+            keep_new=new_T,
+            keep_ring=self._ring_rows(new_T, 1, ring_length(ratio))[:, 0],
+        )
+
+    def lookup(self) -> Lookup:
+        """What each token sees."""
+        segment = self._segment
+        new_T = torch.arange(segment.num_tokens, device=segment.device)
+        page_P = torch.arange(self._pages_NP.shape[1], device=segment.device)
+        sees_TP = page_P < ((segment.positions_T + 1) // HCA_RATIO)[:, None]
+        return Lookup(
+            window_TW=self._ring_rows(new_T, self._window, self._window).int(),
+            entries_TP=torch.where(sees_TP, self._pages_NP[segment.sequence_T], -1),
+            pages_NP=self._pages_NP,
+            visible_T=(segment.positions_T + 1) // CSA_RATIO,
+        )
+
+    def _ring_rows(self, token_X: Tensor, count: int, needed: int) -> Tensor:
+        """Rows, in a ring that needs some rows and has the spare ones, of the `count` latest positions that each of
+        some tokens sees, itself the last; -1 before its sequence's first token."""
+        ring = needed + self._spare
+        behind = torch.arange(1 - count, 1, device=token_X.device)
+        position_Xc = self._segment.positions_T[token_X, None] + behind
+        return torch.where(position_Xc < 0, -1, self._slot_T[token_X, None] * ring + position_Xc % ring)
+
+    def _finishing(self, ratio: int) -> Tensor:
+        """The tokens that finish an entry where the host knows them, and else all tokens."""
+        segment = self._segment
+        if not segment.places_known:
+            return torch.arange(segment.num_tokens, device=segment.device)
+        rows = [
+            start + place
+            for start, past, length in zip(segment.starts, segment.past, segment.lengths, strict=True)
+            for place in range(length)
+            if (past + place + 1) % ratio == 0
+        ]
+        return torch.tensor(rows, dtype=torch.int64, device=segment.device)
