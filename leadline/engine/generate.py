@@ -53,7 +53,14 @@ def generate(
     if not prompt:
         raise ValueError("the prompt is empty: give at least one token")
     device = model.embed.weight.device
-    state = State(model.config, 1, len(prompt) + max_tokens, dtype=model.embed.weight.dtype, device=device)
+    state = State(
+        model.config,
+        1,
+        len(prompt) + max_tokens,
+        cache_format=model.cache_format,
+        dtype=model.embed.weight.dtype,
+        device=device,
+    )
     generator = torch.Generator(device=device).manual_seed(sampling.seed)
     new: list[int] = list(prompt)
     past = 0

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from leadline.engine.generate import Sampling, generate, sample
+from leadline.model.cache_format import PACKED, SERVED
 from leadline.model.config import TINY
 from leadline.model.segment import Segment
 from leadline.model.transformer import Transformer
@@ -39,6 +40,13 @@ def test_the_cached_path_continues_like_the_naive_loop(model, prompt_tokens):
     for chunk in (1, 50, 512):
         if chunk < prompt_tokens or chunk == 512:
             assert list(generate(model, prompt, max_tokens=10, sampling=greedy, chunk_tokens=chunk)) == expected
+
+
+def test_the_packed_cache_continues_like_the_served_one(model):
+    prompt, greedy, texts = torch.randint(0, TINY.vocab_size, (140,)).tolist(), Sampling(temperature=0), []
+    for model.cache_format in (SERVED, PACKED):
+        texts.append(list(generate(model, prompt, max_tokens=10, sampling=greedy, chunk_tokens=50)))
+    assert texts[0] == texts[1]
 
 
 def test_a_stop_id_ends_the_text(model):

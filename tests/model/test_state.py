@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from leadline.model import accounting
+from leadline.model.cache_format import EXACT, PACKED, SERVED, CacheFormat
 from leadline.model.config import FLASH, NANO, PRO, TINY, ModelConfig
 from leadline.model.page_table import PageError
 from leadline.model.segment import Segment
@@ -20,11 +21,17 @@ from leadline.model.state import FixedBlock, State, StateError
 from leadline.model.transformer import Transformer
 
 RandomModel = Callable[[ModelConfig, int], Transformer]
-BF16 = 2
+MILLION = 1 << 20
 
 
 def shapes_of(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+
+def noisy(state: State) -> State:
+    for tensor in (state.fixed_tensors() | state.page_tensors()).values():
+        tensor.random_(0, 256)
+    return state
 
 
 @pytest.mark.parametrize("spare", [0, 7])
@@ -53,22 +60,38 @@ def test_what_the_layers_remember(spare: int) -> None:
     assert state.capacity_tokens == 384
 
 
+@pytest.mark.parametrize("cache_format", [SERVED, PACKED], ids=["bf16", "packed"])
 @pytest.mark.parametrize("config", [FLASH, PRO, TINY, NANO], ids=["flash", "pro", "tiny", "nano"])
-@pytest.mark.parametrize("context", [128, 4096, 1 << 20])
-def test_bytes_are_those_of_the_plan(config: ModelConfig, context: int) -> None:
-    """In bf16; `plan` does not count the MTP block's window, nor the page table."""
-    state = State(config, 1, context, dtype=torch.bfloat16, device="meta")
-    entry, index_key = BF16 * config.head_dim, BF16 * config.index_head_dim
+@pytest.mark.parametrize("context", [128, 4096, MILLION])
+def test_bytes_are_those_of_the_plan(config: ModelConfig, context: int, cache_format: CacheFormat) -> None:
+    """`plan` counts neither the MTP block's window nor the page table, and a window no longer than the context."""
+    state = State(config, 1, context, cache_format=cache_format, dtype=torch.bfloat16, device="meta")
+    entry, index_key, planned = 2 * config.head_dim, 2 * config.index_head_dim, accounting.kv_cache_bytes_bf16
+    if cache_format.packed:
+        entry, index_key = accounting.entry_bytes(config), accounting.index_key_bytes(config)
+        planned = accounting.kv_cache_bytes
     assert state.bytes_per_page == accounting.page_bytes(config, entry, index_key)
     assert state.bytes_per_slot == accounting.slot_bytes(config, entry)
     table = state.pages.table_NP.nbytes
     assert table == 4 * context // 128
     assert state.num_bytes == state.bytes_per_slot + context // 128 * state.bytes_per_page + table
-    mtp = sum(tensor.nbytes for name, tensor in state.fixed_tensors().items() if name.startswith("mtp"))
-    window = accounting.kv_cache_breakdown(config, config.sliding_window, entry, 0)["window"]
-    shorter = window - accounting.kv_cache_breakdown(config, context, entry, 0)["window"]
-    planned = accounting.kv_cache_bytes_bf16(config, context) + accounting.tail_bytes(config)
-    assert state.num_bytes - table - mtp - shorter == planned
+    unplanned = table + sum(t.nbytes for name, t in state.fixed_tensors().items() if name.startswith("mtp"))
+    unplanned += config.num_hidden_layers * max(0, config.sliding_window - context) * entry
+    assert state.num_bytes - unplanned == planned(config, context) + accounting.tail_bytes(config)
+
+
+def test_a_million_tokens_of_flash_take_3517_bytes_each() -> None:
+    """The published layout: 584 bytes for a key or entry, 68 for an index key."""
+    state = State(FLASH, 1, MILLION, cache_format=PACKED, dtype=torch.bfloat16, device="meta")
+    tensors = state.page_tensors() | {name: t for name, t in state.fixed_tensors().items() if name.startswith("layers")}
+    kept = sum(tensor.nbytes for name, tensor in tensors.items() if not name.endswith((".values", ".scores")))
+    assert kept == accounting.kv_cache_bytes(FLASH, MILLION) == 3_688_172_544
+    assert kept // MILLION == 3517
+    assert shapes_of(state.page_tensors())["layers.2.entries.payload"] == [8192, 32, 576]
+    assert shapes_of(state.page_tensors())["layers.2.entries.scales"] == [8192, 32, 8]
+    assert shapes_of(state.page_tensors())["layers.2.index.codes"] == [8192, 32, 64]
+    assert shapes_of(state.page_tensors())["layers.2.index.scales"] == [8192, 32, 4]
+    assert shapes_of(state.page_tensors())["layers.3.entries.payload"] == [8192, 1, 576]
 
 
 @pytest.mark.parametrize(("slots", "pages"), [(1, 0), (3, 5)])
@@ -84,9 +107,8 @@ def test_bytes_of_a_pool(slots: int, pages: int) -> None:
 @settings(max_examples=30)
 @given(st.data())
 def test_growth_keeps_everything_and_at_least_doubles(data: st.DataObject) -> None:
-    state = State(TINY, slots=2, capacity_tokens=data.draw(st.integers(0, 200)))
-    for number, tensor in enumerate((state.fixed_tensors() | state.page_tensors()).values()):
-        tensor.copy_(torch.arange(tensor.numel()).view_as(tensor) + number)
+    cache_format = data.draw(st.sampled_from([EXACT, PACKED]))
+    state = noisy(State(TINY, slots=2, capacity_tokens=data.draw(st.integers(0, 200)), cache_format=cache_format))
     fixed = {name: tensor.clone() for name, tensor in state.fixed_tensors().items()}
     entries, pages_before = state.page_tensors(), state.pages.pages_per_slot
     for _ in range(3):
@@ -128,12 +150,6 @@ def test_other_slots_are_left_alone(random_model: RandomModel, logits_of: Callab
         assert not torch.equal(old[2], new[2])
 
 
-def noisy(state: State) -> State:
-    for tensor in (state.fixed_tensors() | state.page_tensors()).values():
-        tensor.normal_()
-    return state
-
-
 def contents(state: State, slot: int) -> dict[str, Tensor]:
     return {name: tensor[slot].clone() for name, tensor in state.fixed_tensors().items()}
 
@@ -142,8 +158,12 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_cleared_slot_holds_nothing() -> None:
-    state = noisy(State(TINY, 2, 128))
+BOTH_FORMS = pytest.mark.parametrize("cache_format", [EXACT, PACKED], ids=["floats", "packed"])
+
+
+@BOTH_FORMS
+def test_a_cleared_slot_holds_nothing(cache_format: CacheFormat) -> None:
+    state = noisy(State(TINY, 2, 128, cache_format=cache_format))
     other = contents(state, 0)
     state.clear(1)
     assert not any(tensor.any() for tensor in contents(state, 1).values())
@@ -160,8 +180,10 @@ def test_a_released_slot_has_no_pages_and_holds_nothing() -> None:
         state.reserve(Segment.of([7], slots=[1]))
 
 
-def test_a_snapshot_is_a_copy_and_moves_to_any_slot() -> None:
-    state, other = noisy(State(TINY, 2, 128)), noisy(State(TINY, 3, pages=2, max_tokens=128))
+@BOTH_FORMS
+def test_a_snapshot_is_a_copy_and_moves_to_any_slot(cache_format: CacheFormat) -> None:
+    state = noisy(State(TINY, 2, 128, cache_format=cache_format))
+    other = noisy(State(TINY, 3, pages=2, max_tokens=128, cache_format=cache_format))
     block, kept = state.snapshot(1), contents(state, 1)
     assert block.num_bytes == state.bytes_per_slot
     state.clear(1)
@@ -176,8 +198,9 @@ def test_a_snapshot_is_a_copy_and_moves_to_any_slot() -> None:
     assert same(contents(state, 0), kept)
 
 
-def test_a_copied_page_is_the_same_in_every_layer() -> None:
-    state = noisy(State(TINY, 1, pages=4, max_tokens=128))
+@BOTH_FORMS
+def test_a_copied_page_is_the_same_in_every_layer(cache_format: CacheFormat) -> None:
+    state = noisy(State(TINY, 1, pages=4, max_tokens=128, cache_format=cache_format))
     before = {name: tensor.clone() for name, tensor in state.page_tensors().items()}
     state.copy_page(2, 0)
     for name, tensor in state.page_tensors().items():
@@ -194,6 +217,7 @@ REFUSED: list[tuple[Callable[[State], Any], str]] = [
     (lambda pool: pool.restore(0, State(NANO, 1).snapshot(0)), r"does not fit the state: layers\.0\.window\.rows"),
     (lambda pool: pool.restore(0, FixedBlock({})), r"does not fit the state: layers\.0\.window\.rows is None"),
     (lambda pool: pool.restore(0, State(TINY, 1, spare_tokens=1).snapshot(0)), r"is \(torch\.Size\(\[17, 32\]\)"),
+    (lambda pool: pool.restore(0, State(TINY, 1, cache_format=PACKED).snapshot(0)), r"window\.payload is \(torch"),
     (lambda pool: State(TINY, 1, 128).assign(0, [0]), "build it with pages and max_tokens"),
     (lambda pool: State(TINY, 1, 128).release(0), "build it with pages and max_tokens"),
     (lambda pool: State(TINY, 1, pages=3), "either capacity_tokens, or pages and max_tokens"),
