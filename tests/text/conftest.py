@@ -107,6 +107,8 @@ class Conversations:
             if len(messages) > 1 and messages[-2]["role"] == "user":
                 messages.pop()
             messages[-1]["task"] = self.random.choice(_TASKS)
+        if not self.everywhere and self._chance(0.05):
+            messages.append({"role": "latest_reminder", "content": self.text()})
         return messages
 
     def _user(self) -> Message:

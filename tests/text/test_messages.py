@@ -95,6 +95,14 @@ def test_neighbouring_user_messages_and_results_are_one_turn() -> None:
     ]
 
 
+def test_a_result_without_id_answers_the_first_call() -> None:
+    """As in the published encoder, which sorts it to the front."""
+    caller = {**CALLER, "tool_calls": [CALL, {**CALL, "id": "b"}]}
+    named = {"role": "tool", "tool_call_id": "b", "content": "second"}
+    text = render([caller, named, {"role": "tool", "content": "first"}]).text
+    assert text.index("first") < text.index("second")
+
+
 def test_a_task_keeps_user_text_apart_and_takes_results() -> None:
     query = {**USER, "task": "query"}
     assert len(read_turns([query, USER])) == 2

@@ -272,18 +272,24 @@ def test_any_ids_are_read(small: Tokenizer, ids: list[int]) -> None:
         f"why</think>so{CALL}",  # no end of turn
         f"why</think></think>so{CALL}{EOS}{EOS}",  # twice
         f"<think>why</think>so{CALL}{EOS}",
-        f"why</think>so{CALL.replace(BLOCK, BLOCK.lstrip())}{EOS}",  # no blank line
-        f"why</think>so{CALL.replace(BLOCK, BLOCK + BLOCK)}{EOS}",
-        f"why</think>so{CALL.replace(BLOCK, '')}{EOS}",
-        f"why</think>so{CALL.replace(BLOCK_END, '')}{EOS}",
-        f"why</think>so{CALL.replace(INVOKE_END, '')}{EOS}",
-        f"why</think>so{CALL.replace(VALUE_END, '')}{EOS}",
-        f"why</think>so{CALL.removesuffix(VALUE_END + INVOKE_END + BLOCK_END)}{EOS}",
-        f"why</think>so{CALL.replace('name=' + chr(34) + 'f' + chr(34) + '>', 'name=' + chr(34) + 'f>')}{EOS}",
-        f"why</think>so{CALL.replace(' string=' + chr(34) + 'false' + chr(34), '')}{EOS}",
         f"why</think>so{CALL}\n\n{EOS}",
         f"why</think>so{CALL}{EOS}and more",
         f"why</think>so{CALL[:-3]}",  # cut inside of the last tag
+        *(
+            f"why</think>so{call}{EOS}"
+            for call in (
+                CALL.lstrip(),  # no blank line
+                CALL.replace(BLOCK, BLOCK * 2),
+                CALL.replace(BLOCK, ""),
+                CALL.replace(BLOCK_END, ""),
+                CALL.replace(INVOKE_END, ""),
+                CALL.replace(VALUE_END, ""),
+                CALL.removesuffix(VALUE_END + INVOKE_END + BLOCK_END),
+                CALL.replace('"f">', '"f>'),
+                CALL.replace('"f">', '"f"'),
+                CALL.replace(' string="false"', ""),
+            )
+        ),
     ],
 )
 def test_one_fault_changes_nothing(reply: str) -> None:
@@ -381,6 +387,7 @@ def test_reasoning_inside_of_a_block_keeps_its_spaces() -> None:
 
 def test_a_reply_that_reasons_unasked() -> None:
     assert read("<think>why</think>so") == [ReasoningDelta("why"), ContentDelta("so")]
+    assert read(f"{CALL}<think>so")[-1] == ContentDelta("so")
 
 
 # -- streaming --------------------------------------------------------------------------------------------------
