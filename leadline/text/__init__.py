@@ -1,1 +1,1 @@
-"""Text and token ids: the tokenizer, and later the chat format in both directions. Imports nothing else of leadline."""
+"""Text and token ids: the tokenizer, and the chat format in both directions. Imports nothing else of leadline."""
