@@ -81,6 +81,7 @@ EFFORT: Mapping[Release, Mapping[Mode, str]] = {
 }
 
 _SCHEMA_FORMAT = "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
+# In the words of DeepSeek's later encoder; the published one knows schemas only, and would take this for one.
 _ANY_JSON = '{"type": "json_object"}'
 _ANY_JSON_FORMAT = (
     "You are a helpful assistant designed to output JSON.\n## Response Format:\n\nReply with JSON object ONLY."

@@ -75,6 +75,11 @@ def test_tools_beside_the_messages(theirs: PreTrainedTokenizerFast) -> None:
         assert rendered(theirs, messages, tools=[TOOL]) == render(with_tools(messages, [TOOL])).text
 
 
+def test_any_json(theirs: PreTrainedTokenizerFast) -> None:
+    system = {"role": "system", "content": "S", "response_format": {"type": "json_object"}}
+    assert rendered(theirs, [system, USER]) == render([system, USER]).text
+
+
 @pytest.mark.parametrize(
     ("kwargs", "mode"),
     [
