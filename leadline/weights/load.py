@@ -1,6 +1,6 @@
 """From a folder of weights into a model.
 
-Quantised weights are dequantised on the way in, matrix by matrix, when the caller names a dtype.
+Quantised weights stay what they are, or are dequantised on the way in, matrix by matrix, where the caller names a dtype.
 
 Everything is checked before the first byte is copied: every tensor of the model must be in the folder, every tensor of
 the folder must belong to the model, and shapes and dtypes must fit. A model is therefore never left half loaded by a
@@ -9,8 +9,7 @@ file that does not fit, and no weight keeps its old value in silence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,9 +17,11 @@ from torch import Tensor, nn
 
 from leadline.model.config import ModelConfig
 from leadline.model.transformer import Transformer
-from leadline.weights.header import CASTABLE, CheckpointError, dtype_name
+from leadline.weights.header import CASTABLE, CheckpointError
 from leadline.weights.names import NAMINGS, FileTensor, file_tensors, is_mtp, keeps_float32
-from leadline.weights.stored import PLAIN, Stored, StoredReader, Value, pieces, rows_of
+from leadline.weights.place import Place, can_hold, weights_of
+from leadline.weights.stored import PLAIN, Quantized, Stored, StoredReader, rows_of
+from leadline.weights.target import Form
 
 
 def load_checkpoint(
@@ -32,8 +33,8 @@ def load_checkpoint(
 ) -> Transformer:
     """Build the model of a folder's `config.json` on `device` and load its weights.
 
-    dtype: of the weights (the few that the release keeps in float32 stay so); None: as the files have them, which
-    makes load(save(model)) bitwise. with_mtp: whether to build and load the MTP blocks; False leaves `mtp.*` of the
+    dtype: of the weights (the few that the release keeps in float32 stay so); None: as the files have them, FP8 and FP4
+    too, which makes load(save(model)) bitwise. with_mtp: whether to build and load the MTP blocks; False leaves `mtp.*` of the
     folder unread. They are unread too where they are the draft stages of the DSpark refresh, which the model has not.
     Errors: ConfigError, and those of `load_weights`.
     """
@@ -59,51 +60,26 @@ def load_weights(
     pieces of one matrix are in memory. A tensor on the meta device is allocated on `device` first.
 
     dtype: float32, bfloat16 or float16 for all floating tensors except those that the release keeps in float32. None:
-    an allocated tensor keeps its dtype, one on the meta device takes that of the file. Values are cast between these
+    an allocated tensor keeps its dtype, one on the meta device takes that of the file, and its codes and scales where
+    they are FP8 or FP4: the model then multiplies them as they are (wo_a in bfloat16). Values are cast between these
     three dtypes, and FP8 and FP4 weights are dequantised into them; any other difference is an error, and so is a value
-    too large for float16. ignore_mtp: leave `mtp.*`
-    tensors of the folder unread; for a model built without MTP blocks.
+    too large for float16. ignore_mtp: leave `mtp.*` tensors of the folder unread; for a model built without MTP blocks.
 
     Raises CheckpointError (a ValueError) with the tensor, what was expected and what was found. Until all checks have
     passed the model is unchanged.
     """
     if dtype is not None and dtype not in CASTABLE:
         raise ValueError(f"weights cannot be loaded as {dtype}, only as {', '.join(map(str, CASTABLE))}")
-    reader = StoredReader(folder)
-    tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    expected = _expected_tensors(reader, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    reader, own = StoredReader(folder), weights_of(model)
+    expected = _expected_tensors(reader, {name: tuple(tensor.shape) for name, tensor in own.items()})
     _check_names(reader, expected, ignore_mtp)
-    dtypes = _choose_dtypes(reader, expected, tensors, dtype)
-    places = {name: _Place(model, name, tensor, dtypes[name], device) for name, tensor in tensors.items()}
+    forms = _choose_forms(reader, expected, own, dtype)
+    places = {name: Place(model, name, tensor, forms[name], device) for name, tensor in own.items()}
     for name in reader.entries:
         if name in expected:
-            _copy(reader, expected[name], places)
-
-
-@dataclass
-class _Place:
-    """Where a tensor of the model goes; allocated when its first bytes arrive."""
-
-    model: nn.Module
-    name: str
-    tensor: Tensor
-    dtype: torch.dtype
-    device: torch.device | str
-
-    def slice(self, expert: int | None) -> Tensor:
-        if self.tensor.is_meta or self.tensor.dtype != self.dtype:
-            self._allocate()
-        whole = self.tensor.detach()
-        return whole if expert is None else whole[expert]
-
-    def _allocate(self) -> None:
-        device = self.device if self.tensor.is_meta else self.tensor.device
-        fresh = torch.empty(self.tensor.shape, dtype=self.dtype, device=device)
-        owner, _, leaf = self.name.rpartition(".")
-        if isinstance(self.tensor, nn.Parameter):
-            fresh = nn.Parameter(fresh, requires_grad=self.tensor.requires_grad)
-        setattr(self.model.get_submodule(owner), leaf, fresh)
-        self.tensor = fresh
+            _fill(reader, expected[name], places)
+    for place in places.values():
+        place.finish()
 
 
 def _expected_tensors(reader: StoredReader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FileTensor]:
@@ -130,81 +106,73 @@ def _check_names(reader: StoredReader, expected: Mapping[str, FileTensor], ignor
         raise CheckpointError(f"{reader.folder}: holds {_some(surplus)}, which the model does not have{hint}")
 
 
-def _choose_dtypes(
+def _choose_forms(
     reader: StoredReader,
     expected: Mapping[str, FileTensor],
-    tensors: Mapping[str, Tensor],
+    own: Mapping[str, Tensor | Quantized],
     dtype: torch.dtype | None,
-) -> dict[str, torch.dtype]:
-    """The dtype that each tensor of the model will have; all shapes and dtypes are checked on the way."""
-    chosen: dict[str, torch.dtype] = {}
+) -> dict[str, Form]:
+    """The form that each tensor of the model will have; all shapes and dtypes are checked on the way."""
+    chosen: dict[str, Form] = {}
     for name, wanted in expected.items():
         info = reader.entries[name]
         for part in wanted.parts:
-            target = chosen.setdefault(part.ours, _dtype_of(part.ours, tensors, info, dtype))
-            if info.shape != wanted.shape or not _takes(target, info, _as_found(part.ours, tensors, dtype)):
+            form = chosen.setdefault(part.ours, _form(part.ours, own[part.ours], info, dtype))
+            if info.shape != wanted.shape or not _takes(form, info, _as_found(part.ours, own[part.ours], dtype)):
                 raise CheckpointError(
                     f"{reader.file_of(name)}: tensor {name} is {info}, "
-                    f"the model's {part.ours} needs {dtype_name(target)} {list(wanted.shape)}"
-                    + (": name a dtype to dequantise it to" if info.format != PLAIN and dtype is None else "")
+                    f"the model's {part.ours} needs {form} {list(wanted.shape)}"
                 )
         if len(wanted.parts) > 1:
             reader.check_fused(name, len(wanted.parts))
+    for name, form in chosen.items():
+        if name.endswith("ffn.experts.w1") and (up := chosen[name[:-1] + "3"]).kind != form.kind:
+            raise CheckpointError(f"{reader.folder}: {name} is {form}, its w3 {up}: both must have one format")
     return chosen
 
 
-def _takes(target: torch.dtype, info: Stored, as_found: bool) -> bool:
-    """Whether a tensor of the model that has, or gets, a dtype can be filled from a weight."""
+def _takes(form: Form, info: Stored, as_found: bool) -> bool:
+    """Whether a tensor of the model that has, or gets, a form can be filled from a weight."""
+    if form.kind != PLAIN:
+        return (info.format, info.scale_dtype) == (form.kind, form.dtype)
     if info.format != PLAIN:
-        return target in CASTABLE
+        return form.dtype in CASTABLE
     # What takes the file's dtype takes one dtype: experts that differ would be rounded by chance.
-    return info.dtype == target or (info.dtype in CASTABLE and target in CASTABLE and not as_found)
+    return info.dtype == form.dtype or (info.dtype in CASTABLE and form.dtype in CASTABLE and not as_found)
 
 
-def _dtype_of(ours: str, tensors: Mapping[str, Tensor], info: Stored, dtype: torch.dtype | None) -> torch.dtype:
-    own = tensors[ours]
-    if _as_found(ours, tensors, dtype):
-        return info.dtype
+def _form(ours: str, own: Tensor | Quantized, info: Stored, dtype: torch.dtype | None) -> Form:
+    if isinstance(own, Quantized):
+        return Form(own.format, own.scale.dtype)
+    if _as_found(ours, own, dtype):
+        if info.scale_dtype is None:
+            return Form(PLAIN, info.dtype)
+        return Form(info.format, info.scale_dtype) if can_hold(ours) else Form(PLAIN, torch.bfloat16)
     if not own.is_floating_point() or (dtype is None and not own.is_meta):
-        return own.dtype
-    return torch.float32 if dtype is None or keeps_float32(ours) else dtype
+        return Form(PLAIN, own.dtype)
+    return Form(PLAIN, torch.float32 if dtype is None or keeps_float32(ours) else dtype)
 
 
-def _as_found(ours: str, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> bool:
-    """Whether the file decides the dtype of this tensor."""
-    own = tensors[ours]
+def _as_found(ours: str, own: Tensor | Quantized, dtype: torch.dtype | None) -> bool:
+    """Whether the file decides the form of this tensor."""
+    if isinstance(own, Quantized):
+        return False
     return dtype is None and own.is_meta and own.is_floating_point() and not keeps_float32(ours)
 
 
 @torch.no_grad()
-def _copy(reader: StoredReader, wanted: FileTensor, places: Mapping[str, _Place]) -> None:
+def _fill(reader: StoredReader, wanted: FileTensor, places: Mapping[str, Place]) -> None:
     found = reader.read(wanted.name)
-    targets = [places[part.ours].slice(part.expert) for part in wanted.parts]
-    for target, matrix in _matrices(found, targets):
-        begin = 0
-        for piece in pieces(matrix):
-            values = piece if isinstance(piece, Tensor) else piece.float()
-            rows = target if values.ndim < 2 else target[begin : begin + len(values)]
-            rows.copy_(values)
-            if target.dtype == torch.float16 and bool((rows.cpu().isinf() & values.isfinite()).any()):
-                raise CheckpointError(
-                    f"{reader.file_of(wanted.name)}: tensor {wanted.name} has values that float16 cannot hold, "
-                    f"load it as bfloat16 or float32"
-                )
-            begin += len(values) if values.ndim else 0
-
-
-def _matrices(found: Value, targets: list[Tensor]) -> Iterator[tuple[Tensor, Value]]:
-    """The matrices of a weight, each with the place it goes to; what is no stack goes whole."""
-    if len(found.shape) < 3:
-        yield targets[0], found
-        return
-    for expert in range(found.shape[0]):
-        matrix, begin = found[expert], 0
-        for target in targets:
-            height = target.shape[1]
-            yield target[expert], rows_of(matrix, begin, begin + height)
-            begin += height
+    try:
+        if len(found.shape) < 3:
+            places[wanted.parts[0].ours].fill(wanted.parts[0].expert, found)
+            return
+        for expert in range(found.shape[0]):
+            matrix, height = found[expert], found.shape[1] // len(wanted.parts)
+            for number, part in enumerate(wanted.parts):
+                places[part.ours].fill(expert, rows_of(matrix, number * height, (number + 1) * height))
+    except CheckpointError as error:
+        raise CheckpointError(f"{reader.file_of(wanted.name)}: tensor {wanted.name} {error}") from None
 
 
 def _some(names: Iterable[str]) -> str:

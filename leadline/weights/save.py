@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from leadline.model.config import ModelConfig
 from leadline.weights.files import MAX_SHARD_BYTES
 from leadline.weights.folder import TOKENIZER_FILES, new_folder
-from leadline.weights.header import CASTABLE
-from leadline.weights.names import Part, keeps_float32
-from leadline.weights.stored import PLAIN
+from leadline.weights.header import CASTABLE, CheckpointError
+from leadline.weights.names import Part, is_experts, is_linear, keeps_float32
+from leadline.weights.place import weights_of
+from leadline.weights.stored import PLAIN, Quantized, Value
 from leadline.weights.target import BF16, CONFIG_SPELLING, SCALES, Form, config_of, form_of, plan, write_weights
 
 
@@ -39,8 +40,8 @@ def save_checkpoint(
 
     naming: one of `names.NAMINGS`. tokenizer_files: copied into the folder under their own names. max_shard_bytes:
     above this the weights are spread over several files. dtype: float32, bfloat16 or float16 for all floating tensors
-    except those that the release keeps in float32; None: as they are, so that load(save(model)) is bitwise. format: one
-    of `target.FORMATS` instead of a dtype: what is a released file of that format, with the scales that it has.
+    except those that the release keeps in float32; None: as they are, in FP8 and FP4 too, so that load(save(model)) is
+    bitwise. format: one of `target.FORMATS` instead of a dtype: as a released file of that format, scales included.
 
     The written config says what the weights are: `torch_dtype` is the dtype of the written embedding, and the fields of
     quantisation are those of the format. Tensors are streamed: beside the model pieces of one matrix are in memory. An
@@ -52,15 +53,16 @@ def save_checkpoint(
         raise ValueError(f"weights cannot be saved as {dtype}, only as {', '.join(map(str, CASTABLE))}")
     if dtype is not None and format is not None:
         raise ValueError(f"dtype {dtype} and format {format} exclude each other: give one of them")
-    tensors: dict[str, Tensor] = model.state_dict()
-    forms = {name: _form(name, tensor, dtype, format) for name, tensor in tensors.items()}
-    outputs = plan({name: tuple(tensor.shape) for name, tensor in tensors.items()}, forms, naming)
-    config = config_of(config, format or BF16).replace(
+    weights = weights_of(model)
+    forms = {name: _form(name, weights, dtype, format) for name in weights}
+    outputs = plan({name: tuple(weight.shape) for name, weight in weights.items()}, forms, naming)
+    config = config_of(config, _announced(forms)).replace(
         torch_dtype=str(forms["embed.weight"].dtype).removeprefix("torch.")
     )
 
-    def read(part: Part) -> Tensor:
-        whole = tensors[part.ours].detach()
+    def read(part: Part) -> Value:
+        weight = weights[part.ours]
+        whole = weight.detach() if isinstance(weight, Tensor) else weight
         return whole if part.expert is None else whole[part.expert]
 
     with new_folder(folder) as temporary:
@@ -85,9 +87,31 @@ def _copy_tokenizer_file(file: Path, folder: Path) -> None:
     shutil.copyfile(file, folder / file.name)
 
 
-def _form(name: str, tensor: Tensor, dtype: torch.dtype | None, format: str | None) -> Form:
+def _announced(forms: Mapping[str, Form]) -> str:
+    """The format that config.json announces for these forms."""
+    experts = {form.kind for name, form in forms.items() if is_experts(name)}
+    others = {form.kind for name, form in forms.items() if is_linear(name)}
+    if len(experts) == len(others) == 1 and (experts == {PLAIN}) == (others == {PLAIN}):
+        return BF16 if experts == {PLAIN} else experts.pop()
+    raise CheckpointError(
+        f"the model holds experts in {' and '.join(sorted(experts))} and other matrices in {' and '.join(sorted(others))}, "
+        f"which no config.json can announce: pass a format or a dtype"
+    )
+
+
+def _form(
+    name: str, weights: Mapping[str, Tensor | Quantized], dtype: torch.dtype | None, format: str | None
+) -> Form:
+    weight = weights[name]
     if format is not None:
-        return form_of(name, tensor.dtype, format, SCALES.get(format, torch.float32))
-    if dtype is None or not tensor.is_floating_point():
-        return Form(PLAIN, tensor.dtype)
-    return Form(PLAIN, torch.float32 if keeps_float32(name) else dtype)
+        found = torch.float32 if isinstance(weight, Quantized) else weight.dtype
+        return form_of(name, found, format, SCALES.get(format, torch.float32))
+    if dtype is not None:
+        plain = isinstance(weight, Tensor) and not weight.is_floating_point()
+        return Form(PLAIN, weight.dtype if plain else torch.float32 if keeps_float32(name) else dtype)
+    # The model has wo_a in bfloat16, files that hold its neighbours in FP8 hold it in FP8.
+    held = weights[name.replace(".attn.wo_a.", ".attn.wo_b.")]
+    if isinstance(held, Quantized):
+        return Form(held.format, held.scale.dtype)
+    assert isinstance(weight, Tensor)
+    return Form(PLAIN, weight.dtype)

@@ -30,7 +30,8 @@ from leadline.weights.names import scale_name
 PLAIN, FP8, FP4 = "plain", "fp8", "fp4"
 CODES = {torch.float8_e4m3fn: FP8, torch.int8: FP4, torch.uint8: FP4}
 CODE_DTYPE = {FP8: torch.float8_e4m3fn, FP4: torch.int8}
-SCALE_DTYPES = (torch.float32, torch.float8_e8m0fnu)
+E8M0 = torch.float8_e8m0fnu
+SCALE_DTYPES = (torch.float32, E8M0)
 
 # Pieces of a large matrix have at most about this many values, 134 MB in float32: any expert's matrix is one piece.
 VALUES_PER_PIECE = 1 << 25
@@ -265,4 +266,4 @@ def _scale_as(scale: Tensor, dtype: torch.dtype) -> Tensor:
         return scale
     if dtype == torch.float32:
         return e8m0.to_float32(scale)
-    return e8m0.encode(scale).view(torch.float8_e8m0fnu)
+    return e8m0.encode(scale).view(E8M0)

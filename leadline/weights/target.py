@@ -23,7 +23,7 @@ import torch
 from leadline.formats import fp4, fp8
 from leadline.model.config import ModelConfig
 from leadline.weights.files import MAX_SHARD_BYTES, ShardWriter, TensorSpec, plan_shards, write_index
-from leadline.weights.header import CheckpointError, num_bytes
+from leadline.weights.header import CheckpointError, dtype_name, num_bytes
 from leadline.weights.names import (
     FileTensor,
     Part,
@@ -51,10 +51,13 @@ Advance = Callable[[int], None]  # told how many more bytes have been written
 
 @dataclass(frozen=True)
 class Form:
-    """How one weight is written. kind: PLAIN, FP8 or FP4; dtype: of the plain tensor, or of the scales."""
+    """How one weight is held. kind: PLAIN, FP8 or FP4; dtype: of the plain tensor, or of the scales."""
 
     kind: str
     dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return dtype_name(self.dtype) if self.kind == PLAIN else self.kind.upper()
 
 
 @dataclass(frozen=True)

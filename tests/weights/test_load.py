@@ -13,12 +13,13 @@ from torch import Tensor
 
 from leadline.model.config import PRESETS, ModelConfig
 from leadline.model.transformer import Transformer
-from leadline.weights import load as load_module
-from leadline.weights.files import CheckpointReader
 from leadline.weights.header import CheckpointError
 from leadline.weights.load import load_checkpoint, load_weights
 from leadline.weights.names import NAMINGS, keeps_float32
+from leadline.weights.place import Place, weights_of
 from leadline.weights.save import save_checkpoint
+from leadline.weights.stored import StoredReader, Value, as_float
+from leadline.weights.synthetic import few_layers, make_checkpoint
 
 TINY = PRESETS["tiny"]
 WITHOUT_MTP = TINY.replace(num_nextn_predict_layers=0, compress_ratios=TINY.layer_ratios)
@@ -184,12 +185,120 @@ def test_experts_of_unlike_dtypes_do_not_decide_by_chance(saved: tuple[Transform
     assert load_checkpoint(folder, dtype=torch.bfloat16).layers
 
 
-def test_quantised_weights_are_refused_in_words(saved: tuple[Transformer, Path]) -> None:
-    _, folder = saved
-    name = "layers.1.attn.wq_a.weight"
-    edit(folder, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}))
-    with pytest.raises(CheckpointError, match=r"wq_a\.weight is F8_E4M3 .* FP8 and FP4 .*not supported"):
-        load_checkpoint(folder)
+# -- folders in FP8 and FP4 --
+
+
+@pytest.fixture
+def golden_served() -> Path:
+    return Path(__file__).parents[1] / "golden" / "served"
+
+
+def test_codes_and_scales_are_held_as_they_are(golden_served: Path) -> None:
+    tensors = load_file(golden_served / "model.safetensors")
+    model = load_checkpoint(golden_served)
+    state = model.state_dict()
+    for name, tensor in tensors.items():
+        if ".experts." in name or ".wo_a." in name or not name.startswith("layers."):
+            continue
+        ours = name.replace("hc_attn_", "hc_attn.").replace("hc_ffn_", "hc_ffn.")
+        assert state[ours].dtype == tensor.dtype, name
+        assert torch.equal(state[ours].view(torch.uint8), tensor.view(torch.uint8)), name
+    experts = [tensors[f"layers.3.ffn.experts.{expert}.w2.weight"] for expert in range(6)]
+    assert torch.equal(state["layers.3.ffn.experts.w2"], torch.stack(experts))
+    scales = [tensors[f"layers.3.ffn.experts.{expert}.w2.scale"].view(torch.uint8) for expert in range(6)]
+    assert torch.equal(state["layers.3.ffn.experts.w2_scale"].view(torch.uint8), torch.stack(scales))
+    assert state["layers.3.attn.wo_a.weight"].dtype == torch.bfloat16, "multiplied in bfloat16"
+
+
+@pytest.mark.parametrize("naming", ["official", "transformers"])
+@pytest.mark.parametrize("format", ["fp8", "fp4"])
+def test_every_way_of_loading_has_the_same_values(tmp_path: Path, format: str, naming: str) -> None:
+    config = TINY.replace(moe_intermediate_size=128)
+    make_checkpoint(tmp_path / "model", config, format, naming=naming)
+    held = {name: as_float(weight) for name, weight in weights_of(load_checkpoint(tmp_path / "model")).items()}
+    plain = load_checkpoint(tmp_path / "model", dtype=torch.float32)
+    filled = Transformer(config)
+    load_weights(filled, tmp_path / "model")
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, held[name]), name
+        assert torch.equal(tensor, filled.state_dict()[name]), name
+
+
+def test_a_quantised_model_is_saved_as_it_is(golden_served: Path, tmp_path: Path) -> None:
+    model = load_checkpoint(golden_served)
+    save_checkpoint(model, model.config, tmp_path / "saved")
+    saved, original = (load_file(folder / "model.safetensors") for folder in (tmp_path / "saved", golden_served))
+    assert {name: (t.dtype, t.shape) for name, t in saved.items()} == {n: (t.dtype, t.shape) for n, t in original.items()}
+    for name, tensor in original.items():
+        if ".wo_a." not in name:
+            assert torch.equal(saved[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    again = load_checkpoint(tmp_path / "saved")
+    assert_equal(again, model)
+    assert again.config == ModelConfig.from_file(golden_served)
+
+
+def test_a_quantised_model_is_filled_anew(golden_served: Path) -> None:
+    """In place, what follows from the scales included: whoever holds the buffers sees the new values."""
+    model = load_checkpoint(golden_served)
+    buffers = dict(model.named_buffers())
+    wanted = {name: tensor.clone() for name, tensor in buffers.items()}
+    for tensor in buffers.values():
+        tensor.view(torch.uint8).zero_()
+    load_weights(model, golden_served)
+    for name, tensor in model.named_buffers():
+        assert tensor is buffers[name]
+        assert torch.equal(tensor.view(torch.uint8), wanted[name].view(torch.uint8)), name
+
+
+def test_a_quantised_model_takes_no_plain_weights(golden_served: Path, tmp_path: Path) -> None:
+    model = load_checkpoint(golden_served)
+    save_checkpoint(model, model.config, tmp_path / "plain", format="bf16")
+    with pytest.raises(CheckpointError, match=r"wq_a\.weight is BF16 \[128, 128\], the model's .* needs FP8 \[128, 128\]"):
+        load_weights(model, tmp_path / "plain")
+
+
+def test_experts_that_are_multiplied_together_need_one_format(tmp_path: Path) -> None:
+    config = TINY.replace(moe_intermediate_size=128)
+    make_checkpoint(tmp_path / "model", config, "fp4")
+    make_checkpoint(tmp_path / "eight", config, "fp8", scales=torch.float8_e8m0fnu)
+    other = load_file(tmp_path / "eight" / "model.safetensors")
+    edit(
+        tmp_path / "model",
+        lambda tensors: tensors.update({n: t for n, t in other.items() if "layers.1.ffn.experts" in n and ".w3." in n}),
+    )
+    with pytest.raises(CheckpointError, match=r"layers\.1\.ffn\.experts\.w1 is FP4, its w3 FP8: both must have one format"):
+        load_checkpoint(tmp_path / "model")
+    assert load_checkpoint(tmp_path / "model", dtype=torch.bfloat16).layers
+
+
+def test_experts_of_one_stack_in_several_formats(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "model", TINY, "fp4")
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors["layers.1.ffn.experts.5.w1.scale"]
+        tensors["layers.1.ffn.experts.5.w1.weight"] = torch.ones(32, 64).bfloat16()
+
+    edit(tmp_path / "model", change)
+    with pytest.raises(CheckpointError, match=r"experts\.5\.w1\.weight is BF16 \[32, 64\], .*experts\.w1 needs FP4 \[32, 64\]"):
+        load_checkpoint(tmp_path / "model")
+    assert load_checkpoint(tmp_path / "model", dtype=torch.bfloat16).layers
+
+
+def test_experts_too_uneven_for_eight_bits_are_named(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "model", TINY, "fp4")
+    name = "layers.2.ffn.experts.3.w2.scale"
+    edit(tmp_path / "model", lambda tensors: tensors[name].view(torch.uint8)[5, 0].fill_(90))
+    with pytest.raises(CheckpointError, match=r"layers\.2\.ffn\.experts\.w2: the sub-scales of block \[3, 0, 0\]"):
+        load_checkpoint(tmp_path / "model")
+
+
+def test_draft_stages_are_left_unread(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "model", few_layers(TINY, 4, draft_stages=True), "fp4")
+    model = load_checkpoint(tmp_path / "model")
+    assert model.config.has_draft_stages
+    assert not model.mtp
+    with pytest.raises(CheckpointError, match=r"lacks mtp\.0\.e_proj\.weight"):
+        load_weights(Transformer(model.config), tmp_path / "model")
 
 
 def test_foreign_checkpoint_is_recognised(tmp_path: Path, build_model: Build) -> None:
@@ -245,15 +354,36 @@ def test_loading_holds_one_copy(
     save_checkpoint(model, config, tmp_path / "model", naming=naming)
     del model
     samples: list[int] = []
-    read = CheckpointReader.read
+    read = StoredReader.read
 
-    def sampling(self: CheckpointReader, name: str) -> Tensor:
+    def sampling(self: StoredReader, name: str) -> Value:
         samples.append(anonymous_bytes())
         return read(self, name)
 
-    monkeypatch.setattr(load_module.CheckpointReader, "read", sampling)
+    monkeypatch.setattr(StoredReader, "read", sampling)
     before = anonymous_bytes()
     loaded = load_checkpoint(tmp_path / "model")
     assert loaded.config == config
     assert size > 60e6
     assert max(samples) - before < 1.1 * size
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_loading_quantised_weights_holds_one_copy(
+    tmp_path: Path, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TINY.replace(n_routed_experts=32, moe_intermediate_size=256, hidden_size=256)
+    make_checkpoint(tmp_path / "model", config, "fp4", naming="transformers")
+    samples: list[int] = []
+    fill = Place.fill
+
+    def sampling(self: Place, expert: int | None, value: Value) -> None:
+        fill(self, expert, value)
+        samples.append(anonymous_bytes())
+
+    monkeypatch.setattr(Place, "fill", sampling)
+    before = anonymous_bytes()
+    model = load_checkpoint(tmp_path / "model", dtype=dtype)
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert size > 15e6
+    assert max(samples) - before < 1.1 * size + 4e6
