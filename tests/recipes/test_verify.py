@@ -17,6 +17,7 @@ from leadline import __main__ as entry
 from leadline.recipes import verify
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "exact"
+SERVED = GOLDEN.parent / "served"
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def test_a_stored_nan_never_passes(folder: Path, capsys: pytest.CaptureFixture[s
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"] if not row["passed"]}
     assert list(rows) == ["prefill, one piece", "prefill, chunks of 100"]
     assert rows["prefill, one piece"] == {
-        "name": "prefill, one piece", "difference": None, "position": 3, "passed": False
+        "name": "prefill, one piece", "difference": None, "position": 3, "excused": 0, "passed": False
     }  # fmt: skip
 
 
@@ -169,6 +170,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: rewrite(folder / "io.safetensors", lambda tensors: None, {"mode": "exact"}),
         "prefill",
     ),
+    "unknown mode": (
+        lambda folder: rewrite(folder / "io.safetensors", lambda tensors: None, {"prefill": "300", "mode": "fast"}),
+        "'fast'",
+    ),
     "prompt longer than the tokens": (
         lambda folder: rewrite(folder / "io.safetensors", lambda tensors: None, {"prefill": "340"}),
         "340",
@@ -210,6 +215,73 @@ def test_unusable_requests(capsys: pytest.CaptureFixture[str], arguments: list[s
     printed = capsys.readouterr()
     assert printed.err.count("\n") == 1
     assert named in printed.err
+
+
+# -- served --
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    return Path(shutil.copytree(SERVED, tmp_path / "golden"))
+
+
+def test_the_served_golden_folder_passes_every_row(capsys: pytest.CaptureFixture[str]) -> None:
+    """Far below the tolerance of 2e-2: nearly all tokens are equal in every bit."""
+    assert entry.main(["verify", str(SERVED), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["mode"], report["tolerance"]) == ("served", 2e-2)
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows) == [*(f"layer {n}" for n in range(5)), "logits of the last streams", "MTP block"]
+    assert all(row["excused"] <= 2 for row in rows.values())
+    assert all(rows[f"layer {n}"]["difference"] < 1e-2 for n in range(5))
+    assert rows["logits of the last streams"]["difference"] < 1e-6
+
+
+def test_served_rows_say_how_many_tokens_are_excused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify.main([str(SERVED)]) == 0
+    printed = capsys.readouterr().out
+    assert "excused" in printed
+    assert "all 7 rows are within 0.02" in printed
+
+
+@pytest.mark.parametrize(
+    ("weight", "rows"),
+    [
+        ("layers.2.attn.kv_norm.weight", ["layer 2"]),
+        ("layers.4.ffn_norm.weight", ["layer 4"]),
+        ("head.weight", ["logits of the last streams", "MTP block"]),
+        ("mtp.0.enorm.weight", ["MTP block"]),
+    ],
+)
+def test_a_served_layer_is_watched_by_itself(
+    served: Path, capsys: pytest.CaptureFixture[str], weight: str, rows: list[str]
+) -> None:
+    rewrite(served / "model.safetensors", scaled(weight, 1.2))
+    assert report_of(served, capsys)[0] == rows
+
+
+def test_three_wrong_tokens_in_two_hundred_are_too_many(served: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong, failed in ((2, []), (3, ["layer 3"])):
+
+        def change(tensors: dict[str, Tensor], wrong: int = wrong) -> None:
+            tensors["streams_after_layer_3"][50 : 50 + wrong] *= 1.5
+
+        shutil.copyfile(SERVED / "io.safetensors", served / "io.safetensors")
+        rewrite(served / "io.safetensors", change)
+        # The tokens are inputs of layer 4 as well; there they do not count.
+        names = [name for name in report_of(served, capsys)[0] if name != "layer 4"]
+        assert names == failed
+
+
+def test_a_stored_nan_in_a_served_row_never_passes(served: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["streams_after_layer_4"][7, 0, 3] = float("nan")
+
+    rewrite(served / "io.safetensors", change)
+    assert verify.main([str(served), "tolerance=1e30", "--json"]) == 1
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"] if not row["passed"]}
+    assert (rows["layer 4"]["difference"], rows["layer 4"]["position"]) == (None, 7)
 
 
 def test_help_names_the_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
