@@ -12,14 +12,15 @@ DIR holds config.json, model.safetensors under the official names, and io.safete
 
 The metadata key `mode` says how the numbers were computed.
 
-exact (or no mode): in float32, without cache rounding. The prompt runs in one piece, in chunks of several sizes, token by
-token behind the prompt, and through the MTP block. Each row shows the largest absolute difference from the stored numbers
-and the token where it is; tolerance is 5e-5.
+exact (or no mode): in float32, without cache rounding. The prompt runs in one piece, in chunks of several sizes, token
+by token behind the prompt, and through the MTP block. Each row shows the largest absolute difference from the stored
+numbers and the token where it is; tolerance is 5e-5.
 
-served: with the weights as they are stored, bfloat16 activations that are rounded to FP8 before FP8 and FP4 weights, and
-the cache in FP8 and FP4. Differences of one rounding grow with depth, so every layer is checked by itself: it gets the
-stored streams after the layer before. Each row shows the largest |difference| / |stored| of a token when the worst 1 % of
-the tokens are left out, for two router scores that are nearly equal send a token to other experts; tolerance is 2e-2.
+served: with the weights as they are stored, bfloat16 activations that are rounded to FP8 before FP8 and FP4 weights,
+and the cache in FP8 and FP4. Differences of one rounding grow with depth, so every layer is checked by itself: it gets
+the stored streams after the layer before. Each row shows the largest |difference| / |stored| of a token when the worst
+1 % of the tokens are left out, because two router scores that are nearly equal may send a token to other experts;
+tolerance is 2e-2.
 
 The exit status is 0 when every row is within the tolerance, 1 when one is not, 2 when DIR cannot be used.
 
@@ -371,7 +372,12 @@ def render(folder: Path, mode: str, rows: Sequence[Row], tolerance: float, conso
     table = Table(box=box.SIMPLE_HEAD, header_style="dim")
     table.add_column("")
     exact = mode == EXACT_MODE
-    for name in ("largest difference" if exact else "relative difference", "at token", *([] if exact else ["excused"]), ""):
+    for name in (
+        "largest difference" if exact else "relative difference",
+        "at token",
+        *([] if exact else ["excused"]),
+        "",
+    ):
         table.add_column(name, justify="right")
     for row in rows:
         verdict = "[green]ok[/]" if row.within(tolerance) else "[bold red]differs[/]"

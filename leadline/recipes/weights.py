@@ -100,7 +100,9 @@ class VerifyOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.tolerance < math.inf or self.worst < 0:
-            raise WeightsError(f"tolerance={self.tolerance}, worst={self.worst}: expected numbers that are not negative")
+            raise WeightsError(
+                f"tolerance={self.tolerance}, worst={self.worst}: expected numbers that are not negative"
+            )
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,13 @@ def _dtype(scales: str | None) -> torch.dtype | None:
 
 def _progress() -> Progress:
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 

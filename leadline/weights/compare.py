@@ -20,7 +20,7 @@ from leadline.weights.stored import Quantized, Value, as_float, pieces
 class Difference:
     """How far two tensors of one name are apart; one that is missing, or has another shape, is infinitely far.
 
-    largest: the largest absolute difference; relative: |a - b| / |b| in the Euclidean norm, b being the second folder's;
+    largest: the largest absolute difference; relative: |a - b| / |b| in the Euclidean norm, b from the second folder;
     both NaN where one folder has a NaN that the other has not. equal: no value differs. note: what is wrong, if it is
     not the values.
     """
@@ -36,7 +36,9 @@ class Difference:
         return self.equal or self.relative <= tolerance
 
 
-def compare(first: Contents, second: Contents, advance: Callable[[int], None] = lambda read: None) -> Iterator[Difference]:
+def compare(
+    first: Contents, second: Contents, advance: Callable[[int], None] = lambda read: None
+) -> Iterator[Difference]:
     """The difference of every tensor that a folder has, in the order of the model.
 
     advance: told the number of values, as they are compared. CheckpointError for damage found while reading.

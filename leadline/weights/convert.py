@@ -4,9 +4,9 @@
     bf16 -> fp8 -> fp4     rounded to nearest, with the scale that the released files have for such a block
     bf16 -> fp8 -> bf16    after that, nothing changes any more
 
-Where the target has the format and the scales that the folder has already, the bytes are copied. The conversion streams:
-in memory are pieces of one matrix. It can be interrupted at any moment; the next run of the same conversion keeps the
-shards that were complete and gives the folder that an uninterrupted run would have given, byte for byte.
+Where the target has the format and the scales that the folder has already, the bytes are copied. The conversion
+streams: in memory are pieces of one matrix. It can be interrupted at any moment; the next run of the same conversion
+keeps the shards that were complete and gives the folder that an uninterrupted run would have given, byte for byte.
 """
 
 from __future__ import annotations
@@ -99,20 +99,21 @@ def prepare(source: str | Path, conversion: Conversion) -> Job:
 
 
 def convert(job: Job, target: str | Path, advance: Advance = lambda written: None) -> None:
-    """Write the folder `target`; it appears when it is complete. advance: told the bytes of weights as they are written.
+    """Write the folder `target`; it appears when it is complete.
 
-    The source's tokenizer files and generation_config.json come along. Raises FileExistsError if there is a `target`
-    already, OSError if the disk has no room, CheckpointError for damage found while reading; after the last one nothing
-    is left behind, after anything else the next run goes on where this one stopped.
+    advance: told the number of bytes as weights are written. The source's tokenizer files and generation_config.json
+    come along.
+
+    Raises FileExistsError if there is a `target` already, OSError if the disk has no room, CheckpointError for damage
+    found while reading; after the last one nothing is left behind, after anything else the next run goes on where this
+    one stopped.
     """
     target = Path(target)
     if target.exists():
         raise FileExistsError(f"{target} exists already: remove it, or choose another name")
     with resumable_folder(target, job.fingerprint) as folder:
         _check_room(folder, job)
-        write_weights(
-            folder, job.outputs, job.source.read, max_shard_bytes=job.max_shard_bytes, advance=advance
-        )
+        write_weights(folder, job.outputs, job.source.read, max_shard_bytes=job.max_shard_bytes, advance=advance)
         (folder / "config.json").write_text(job.config.to_json(CONFIG_SPELLING[job.naming]), encoding="utf8")
         (folder / "generation_config.json").write_text(generation_config(job.config), encoding="utf8")
         for file in sorted(job.source.folder.iterdir()):

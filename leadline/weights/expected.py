@@ -21,10 +21,12 @@ def expected_shapes(config: ModelConfig) -> Shapes:
 
 
 def _draft_stages(config: ModelConfig) -> Shapes:
-    """The stages of the DSpark refresh: window-only blocks, an entrance before the first and three heads on the last."""
+    """The stages of the DSpark refresh: window-only blocks, an entrance to the first and three heads on the last."""
     targets, rank = config.extra.get("dspark_target_layer_ids"), config.extra.get("dspark_markov_rank")
     if not isinstance(targets, list) or not isinstance(rank, int):
-        raise ConfigError("config fields 'dspark_target_layer_ids' and 'dspark_markov_rank': must be a list and a number")
+        raise ConfigError(
+            "config fields 'dspark_target_layer_ids' and 'dspark_markov_rank': must be a list and a number"
+        )
     with torch.device("meta"):
         block = {name: tuple(tensor.shape) for name, tensor in MTPBlock(config).state_dict().items()}
     width, stages = config.hidden_size, len(config.mtp_ratios)

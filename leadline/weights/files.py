@@ -175,9 +175,7 @@ def plan_shards(groups: Iterable[Sequence[TensorSpec]], max_shard_bytes: int) ->
             shards[-1].append(tensor)
     if len(shards) == 1:
         return {SINGLE_FILE: shards[0]}
-    return {
-        f"model-{number:05}-of-{len(shards):05}.safetensors": shard for number, shard in enumerate(shards, start=1)
-    }
+    return {f"model-{number:05}-of-{len(shards):05}.safetensors": shard for number, shard in enumerate(shards, start=1)}
 
 
 def write_index(folder: Path, shards: Mapping[str, Iterable[TensorSpec]]) -> None:

@@ -1,6 +1,6 @@
 """From a folder of weights into a model.
 
-Quantised weights stay what they are, or are dequantised on the way in, matrix by matrix, where the caller names a dtype.
+Quantised weights stay what they are, or are dequantised on the way in, matrix by matrix, if the caller names a dtype.
 
 Everything is checked before the first byte is copied: every tensor of the model must be in the folder, every tensor of
 the folder must belong to the model, and shapes and dtypes must fit. A model is therefore never left half loaded by a
@@ -34,9 +34,9 @@ def load_checkpoint(
     """Build the model of a folder's `config.json` on `device` and load its weights.
 
     dtype: of the weights (the few that the release keeps in float32 stay so); None: as the files have them, FP8 and FP4
-    too, which makes load(save(model)) bitwise. with_mtp: whether to build and load the MTP blocks; False leaves `mtp.*` of the
-    folder unread. They are unread too where they are the draft stages of the DSpark refresh, which the model has not.
-    Errors: ConfigError, and those of `load_weights`.
+    too, which makes load(save(model)) bitwise. with_mtp: whether to build and load the MTP blocks; False leaves `mtp.*`
+    of the folder unread. They are unread too where they are the draft stages of the DSpark refresh, which the model has
+    not. Errors: ConfigError, and those of `load_weights`.
     """
     config = ModelConfig.from_file(folder)
     with_mtp = with_mtp and not config.has_draft_stages

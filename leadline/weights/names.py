@@ -15,8 +15,8 @@ is a module (`hc_attn.fn` for `hc_attn_fn`).
 The refresh of June 2026 (DSpark) puts three draft stages in the place of the MTP block, `mtp.0` to `mtp.2`. Files may
 hold them, and they are converted and compared like the rest; our model has no such stages.
 
-A quantised tensor has its scales beside it (`stored.py`): the official `X.weight` has `X.scale`, transformers' `NAME` has
-`NAME_scale_inv`.
+A quantised tensor has its scales beside it (`stored.py`): the official `X.weight` has `X.scale`, transformers' `NAME`
+has `NAME_scale_inv`.
 
 `TABLE` has one row per kind of tensor; `{layer}` and `{expert}` stand for numbers. A file tensor whose pattern occurs
 in two rows holds both of our tensors, one after the other along dimension 1, in the order of the rows.

@@ -27,7 +27,7 @@ def can_hold(ours: str) -> bool:
 
 @dataclass
 class Place:
-    """A parameter or buffer of a model, `own`, and the form that it gets. device: where a tensor on meta is allocated."""
+    """A parameter or buffer of a model, `own`, and the form that it gets. device: where one on meta is allocated."""
 
     model: nn.Module
     name: str

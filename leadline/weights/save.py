@@ -94,21 +94,20 @@ def _announced(forms: Mapping[str, Form]) -> str:
     if len(experts) == len(others) == 1 and (experts == {PLAIN}) == (others == {PLAIN}):
         return BF16 if experts == {PLAIN} else experts.pop()
     raise CheckpointError(
-        f"the model holds experts in {' and '.join(sorted(experts))} and other matrices in {' and '.join(sorted(others))}, "
-        f"which no config.json can announce: pass a format or a dtype"
+        f"the model holds experts in {' and '.join(sorted(experts))}, others in {' and '.join(sorted(others))}: "
+        f"no config.json can announce that, pass a format or a dtype"
     )
 
 
-def _form(
-    name: str, weights: Mapping[str, Tensor | Quantized], dtype: torch.dtype | None, format: str | None
-) -> Form:
+def _form(name: str, weights: Mapping[str, Tensor | Quantized], dtype: torch.dtype | None, format: str | None) -> Form:
     weight = weights[name]
     if format is not None:
         found = torch.float32 if isinstance(weight, Quantized) else weight.dtype
         return form_of(name, found, format, SCALES.get(format, torch.float32))
     if dtype is not None:
-        plain = isinstance(weight, Tensor) and not weight.is_floating_point()
-        return Form(PLAIN, weight.dtype if plain else torch.float32 if keeps_float32(name) else dtype)
+        if isinstance(weight, Tensor) and not weight.is_floating_point():
+            return Form(PLAIN, weight.dtype)
+        return Form(PLAIN, torch.float32 if keeps_float32(name) else dtype)
     # The model has wo_a in bfloat16, files that hold its neighbours in FP8 hold it in FP8.
     held = weights[name.replace(".attn.wo_a.", ".attn.wo_b.")]
     if isinstance(held, Quantized):

@@ -139,12 +139,12 @@ class StoredReader:
         return Quantized(entry.format, self.files.read(name), scale)
 
     def check_fused(self, name: str, count: int) -> None:
-        """CheckpointError unless each matrix of a stack can be cut into `count` equal runs of rows with their scales."""
+        """CheckpointError unless each matrix of a stack can be cut into `count` equal runs of rows, scales included."""
         entry = self.entries[name]
         height, rest = divmod(entry.shape[1], count)
         if rest or (entry.format == FP8 and height % fp8.WEIGHT_BLOCK):
             raise CheckpointError(
-                f"{self.file_of(name)}: tensor {name} is {entry}, which is not cut into {count} matrices of equal height"
+                f"{self.file_of(name)}: tensor {name} is {entry}, not to be cut into {count} matrices of equal height"
                 + (f" and whole blocks of {fp8.WEIGHT_BLOCK} rows" if entry.format == FP8 else "")
             )
 
@@ -166,9 +166,7 @@ class StoredReader:
         if len(shape) < 2 or (form == FP4 and shape[-1] % fp4.BLOCK):
             raise CheckpointError(f"{self.file_of(name)}: tensor {name} is {info}, which is no matrix of whole blocks")
         if scales.dtype not in SCALE_DTYPES:
-            raise CheckpointError(
-                f"{self.file_of(scale)}: tensor {scale} is {scales}, scales are F32 or F8_E8M0"
-            )
+            raise CheckpointError(f"{self.file_of(scale)}: tensor {scale} is {scales}, scales are F32 or F8_E8M0")
         if scales.shape != scale_shape(form, shape):
             raise CheckpointError(
                 f"{self.file_of(scale)}: tensor {scale} is {scales}, {name} {info} needs "
@@ -232,9 +230,9 @@ def as_float(value: Value) -> Tensor:
 def encode(value: Value, form: str, dtype: torch.dtype, name: str) -> tuple[Tensor, ...]:
     """A piece in another form: (plain tensor of `dtype`,) or (codes, scales of `dtype`).
 
-    From four bits to eight the values stay exactly the same. CheckpointError names `name` where they cannot, and where there
-    are values that are not finite and would have to be quantised. Codes of the
-    form that is asked for are kept as they are, and their scales too where `dtype` can hold them.
+    From four bits to eight the values stay exactly the same. CheckpointError names `name` where they cannot, and where
+    there are values that are not finite and would have to be quantised. Codes of the form that is asked for are kept as
+    they are, and their scales too where `dtype` can hold them.
     """
     if form == PLAIN:
         if isinstance(value, Quantized):

@@ -90,7 +90,9 @@ def variant(config: ModelConfig, contents: Contents) -> str:
     size = next((name for name, released in RELEASED.items() if _has_widths(config, released)), None)
     if size is None:
         return f"DeepSeek-V4 of widths never released: {precision}"
-    name = f"DeepSeek-V4-{size}" + ("-Base" if experts == {FP8} else "") + ("-DSpark" if config.has_draft_stages else "")
+    name = (
+        f"DeepSeek-V4-{size}" + ("-Base" if experts == {FP8} else "") + ("-DSpark" if config.has_draft_stages else "")
+    )
     whole = RELEASED[size]
     layers, experts_found = config.num_hidden_layers, config.n_routed_experts
     if (layers, experts_found) == (whole.num_hidden_layers, whole.n_routed_experts):
@@ -170,7 +172,10 @@ def _all_stored(contents: Contents) -> Iterable[Stored]:
 
 
 def _kind(layer: int, contents: Contents) -> str:
-    has = {name: f"layers.{layer}.{name}" in contents.shapes for name in ("attn.indexer.wq_b.weight", "attn.compressor.ape")}
+    has = {
+        name: f"layers.{layer}.{name}" in contents.shapes
+        for name in ("attn.indexer.wq_b.weight", "attn.compressor.ape")
+    }
     ratio = CSA_RATIO if has["attn.indexer.wq_b.weight"] else HCA_RATIO if has["attn.compressor.ape"] else 0
     hashed = f"layers.{layer}.ffn.gate.tid2eid" in contents.shapes
     return f"{ATTENTION[ratio]}, {'hash' if hashed else 'score'}"

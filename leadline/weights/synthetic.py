@@ -66,8 +66,8 @@ def make_checkpoint(
 ) -> None:
     """Write a folder with all tensors of a configuration, in one of `target.FORMATS`.
 
-    values: "random" (a tensor's depend on its name and the seed, not on the rest) or "zero" (sparse files). scales: dtype
-    of the scales, by default as released. Errors as in `save.save_checkpoint`.
+    values: "random" (a tensor's depend on its name and the seed only) or "zero" (sparse files). scales: dtype of the
+    scales, by default as released. Errors as in `save.save_checkpoint`.
     """
     if values not in VALUES:
         raise ValueError(f"values {values!r} is not one of {', '.join(VALUES)}")
@@ -109,5 +109,7 @@ def _write_holes(folder: Path, outputs: list[Output], max_shard_bytes: int) -> N
     shards = plan_shards((output.specs for output in outputs), max_shard_bytes)
     for file_name, specs in shards.items():
         shard = ShardWriter(folder / file_name, specs)
-        os.truncate(shard.path, shard.path.stat().st_size + sum(info.end - info.begin for info in shard.tensors.values()))
+        os.truncate(
+            shard.path, shard.path.stat().st_size + sum(info.end - info.begin for info in shard.tensors.values())
+        )
     write_index(folder, shards)

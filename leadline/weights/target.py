@@ -1,7 +1,6 @@
 """A folder to be written: which tensors it will hold, and how each of them gets there.
 
-Three formats of a whole checkpoint, each with the norms, the embedding and the like in bfloat16 and the few tensors that
-need it in float32:
+Three formats of a whole checkpoint, each with norms, embedding and the like in bfloat16 and a few tensors in float32:
 
     bf16   nothing quantised
     fp8    linear maps and experts in FP8: the released Base models
@@ -156,7 +155,9 @@ def _output(tensor: FileTensor, forms: Mapping[str, Form], naming: str) -> Outpu
     if form.kind == PLAIN:
         return Output(tensor, form, ((tensor.name, form.dtype, tensor.shape),))
     if form.kind == FP4 and tensor.shape[-1] % fp4.BLOCK:
-        raise CheckpointError(f"tensor {tensor.name} {list(tensor.shape)}: FP4 needs rows of whole blocks of {fp4.BLOCK}")
+        raise CheckpointError(
+            f"tensor {tensor.name} {list(tensor.shape)}: FP4 needs rows of whole blocks of {fp4.BLOCK}"
+        )
     height = tensor.shape[-2] // len(tensor.parts)
     if form.kind == FP8 and len(tensor.parts) > 1 and height % fp8.WEIGHT_BLOCK:
         raise CheckpointError(

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from leadline import __main__ as entry
+from leadline.model.config import PRESETS
 from leadline.recipes import weights
 from leadline.weights.synthetic import make_checkpoint
-from leadline.model.config import PRESETS
 
 WIDE = PRESETS["tiny"].replace(moe_intermediate_size=128)
 
@@ -58,7 +58,10 @@ def test_inspect_names_what_is_wrong(folder: Path, capsys: pytest.CaptureFixture
 
 def test_convert_and_verify(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "plain"
-    assert weights.main(["convert", str(folder), str(target), "format=bf16", "naming=transformers", "shard_bytes=100K"]) == 0
+    assert (
+        weights.main(["convert", str(folder), str(target), "format=bf16", "naming=transformers", "shard_bytes=100K"])
+        == 0
+    )
     printed = capsys.readouterr()
     assert printed.out.startswith(f"{target}: ")
     assert "transformers names" in printed.out
@@ -204,7 +207,10 @@ def test_damaged_folders(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     break_it(folder)
     before = sorted(path.name for path in tmp_path.iterdir())
     capsys.readouterr()
-    for command in (["convert", str(folder), str(tmp_path / "target"), "format=bf16"], ["verify", str(good), str(folder)]):
+    for command in (
+        ["convert", str(folder), str(tmp_path / "target"), "format=bf16"],
+        ["verify", str(good), str(folder)],
+    ):
         assert weights.main(command) == 2
         printed = capsys.readouterr()
         assert printed.out == ""

@@ -50,7 +50,13 @@ def test_one_value_in_one_expert_is_found(folder: Path) -> None:
     assert set(rows) == {"layers.2.ffn.experts.w2"}
     row = rows["layers.2.ffn.experts.w2"]
     moved = float((reference[name][3, 7] + 1.0).double() - reference[name][3, 7].double())
-    norm = math.sqrt(sum(float(t.double().square().sum()) for n, t in reference.items() if "layers.2.ffn.experts" in n and ".w2." in n))
+    norm = math.sqrt(
+        sum(
+            float(t.double().square().sum())
+            for n, t in reference.items()
+            if "layers.2.ffn.experts" in n and ".w2." in n
+        )
+    )
     assert row.largest == pytest.approx(abs(moved))
     assert row.relative == pytest.approx(abs(moved) / norm)
     assert not row.within(0.0)
@@ -61,7 +67,11 @@ def test_one_value_in_one_expert_is_found(folder: Path) -> None:
     ("change", "name", "note"),
     [
         (lambda t: t.pop("norm.weight"), "norm.weight", "other lacks what .*reference has"),
-        (lambda t: t.update({"layers.0.ffn.gate.bias": torch.ones(8)}), "layers.0.ffn.gate.bias", "reference lacks what"),
+        (
+            lambda t: t.update({"layers.0.ffn.gate.bias": torch.ones(8)}),
+            "layers.0.ffn.gate.bias",
+            "reference lacks what",
+        ),
         (lambda t: t.update({"norm.weight": torch.ones(3)}), "norm.weight", r"shapes \(3,\) and \(64,\)"),
     ],
     ids=["missing", "surplus", "shape"],

@@ -75,7 +75,10 @@ def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.update({"layers.1.attn.wx.weight": torch.ones(2)}), r"attn\.wx\.weight is none of DeepSeek-V4 under"),
+        (
+            lambda t: t.update({"layers.1.attn.wx.weight": torch.ones(2)}),
+            r"attn\.wx\.weight is none of DeepSeek-V4 under",
+        ),
         (lambda t: t.update({"a": torch.ones(2), "b": torch.ones(2)}), r"tensor a is none .*, nor are 1 others"),
         (lambda t: t.pop("layers.1.ffn.experts.3.w1.weight"), r"lacks expert 3 of layers\.1\.ffn\.experts\.w1, though"),
         (
@@ -86,7 +89,10 @@ def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
             lambda t: t.update({"layers.1.ffn.experts.3.w1.weight": torch.ones(2, 3, 4)}),
             r"experts\.3\.w1\.weight is F32 \[2, 3, 4\], expected a matrix",
         ),
-        (lambda t: t.update({"norm.weight": torch.ones(2, 3, 4)}), r"norm\.weight is F32 \[2, 3, 4\], expected a matrix"),
+        (
+            lambda t: t.update({"norm.weight": torch.ones(2, 3, 4)}),
+            r"norm\.weight is F32 \[2, 3, 4\], expected a matrix",
+        ),
     ],
     ids=["unknown", "several unknown", "missing expert", "unlike experts", "stack", "stack of norms"],
 )

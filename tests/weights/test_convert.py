@@ -180,7 +180,9 @@ def test_killed_at_random_points_it_still_gives_the_same_bytes(tmp_path: Path, f
     command = [sys.executable, "-c", KILLED, str(four), str(target), str(runs)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     kept: list[int] = []
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         for _ in range(runs):
@@ -275,7 +277,9 @@ def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
 def test_damage_found_on_the_way_leaves_nothing_behind(tmp_path: Path, four: Path) -> None:
     name = "layers.3.ffn.experts.7.w2.scale"
     edit(four, lambda tensors: tensors[name].view(torch.uint8).fill_(255))
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor layers\.3.*scale nan at \[0, 0\]: the file is"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: tensor layers\.3.*scale nan at \[0, 0\]: the file is"
+    ):
         converted(four, tmp_path / "target", format="bf16", max_shard_bytes=SHARD)
     assert [path.name for path in tmp_path.iterdir()] == ["four"]
 
@@ -300,10 +304,14 @@ def test_experts_in_several_formats_need_one(tmp_path: Path, four: Path) -> None
 
 def test_widths_that_a_format_cannot_hold(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "narrow", PRESETS["tiny"], "bf16")
-    with pytest.raises(CheckpointError, match=r"gate_up_proj fuses two matrices of 32 rows, FP8 needs whole blocks of 128"):
+    with pytest.raises(
+        CheckpointError, match=r"gate_up_proj fuses two matrices of 32 rows, FP8 needs whole blocks of 128"
+    ):
         prepare(tmp_path / "narrow", Conversion(format="fp8", naming="transformers"))
     make_checkpoint(tmp_path / "odd", PRESETS["tiny"].replace(moe_intermediate_size=48), "bf16")
-    with pytest.raises(CheckpointError, match=r"experts\.0\.w2\.weight \[64, 48\]: FP4 needs rows of whole blocks of 32"):
+    with pytest.raises(
+        CheckpointError, match=r"experts\.0\.w2\.weight \[64, 48\]: FP4 needs rows of whole blocks of 32"
+    ):
         prepare(tmp_path / "odd", Conversion(format="fp4"))
 
 

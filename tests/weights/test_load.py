@@ -228,7 +228,9 @@ def test_a_quantised_model_is_saved_as_it_is(golden_served: Path, tmp_path: Path
     model = load_checkpoint(golden_served)
     save_checkpoint(model, model.config, tmp_path / "saved")
     saved, original = (load_file(folder / "model.safetensors") for folder in (tmp_path / "saved", golden_served))
-    assert {name: (t.dtype, t.shape) for name, t in saved.items()} == {n: (t.dtype, t.shape) for n, t in original.items()}
+    assert {name: (t.dtype, t.shape) for name, t in saved.items()} == {
+        n: (t.dtype, t.shape) for n, t in original.items()
+    }
     for name, tensor in original.items():
         if ".wo_a." not in name:
             assert torch.equal(saved[name].view(torch.uint8), tensor.view(torch.uint8)), name
@@ -253,7 +255,9 @@ def test_a_quantised_model_is_filled_anew(golden_served: Path) -> None:
 def test_a_quantised_model_takes_no_plain_weights(golden_served: Path, tmp_path: Path) -> None:
     model = load_checkpoint(golden_served)
     save_checkpoint(model, model.config, tmp_path / "plain", format="bf16")
-    with pytest.raises(CheckpointError, match=r"wq_a\.weight is BF16 \[128, 128\], the model's .* needs FP8 \[128, 128\]"):
+    with pytest.raises(
+        CheckpointError, match=r"wq_a\.weight is BF16 \[128, 128\], the model's .* needs FP8 \[128, 128\]"
+    ):
         load_weights(model, tmp_path / "plain")
 
 
@@ -266,7 +270,9 @@ def test_experts_that_are_multiplied_together_need_one_format(tmp_path: Path) ->
         tmp_path / "model",
         lambda tensors: tensors.update({n: t for n, t in other.items() if "layers.1.ffn.experts" in n and ".w3." in n}),
     )
-    with pytest.raises(CheckpointError, match=r"layers\.1\.ffn\.experts\.w1 is FP4, its w3 FP8: both must have one format"):
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.ffn\.experts\.w1 is FP4, its w3 FP8: both must have one format"
+    ):
         load_checkpoint(tmp_path / "model")
     assert load_checkpoint(tmp_path / "model", dtype=torch.bfloat16).layers
 
@@ -279,7 +285,9 @@ def test_experts_of_one_stack_in_several_formats(tmp_path: Path) -> None:
         tensors["layers.1.ffn.experts.5.w1.weight"] = torch.ones(32, 64).bfloat16()
 
     edit(tmp_path / "model", change)
-    with pytest.raises(CheckpointError, match=r"experts\.5\.w1\.weight is BF16 \[32, 64\], .*experts\.w1 needs FP4 \[32, 64\]"):
+    with pytest.raises(
+        CheckpointError, match=r"experts\.5\.w1\.weight is BF16 \[32, 64\], .*experts\.w1 needs FP4 \[32, 64\]"
+    ):
         load_checkpoint(tmp_path / "model")
     assert load_checkpoint(tmp_path / "model", dtype=torch.bfloat16).layers
 

@@ -189,7 +189,11 @@ def test_tensors_that_the_release_quantises() -> None:
     [
         ("layers.3.attn.wq_a.weight", "official", "layers.3.attn.wq_a.scale"),
         ("layers.3.ffn.experts.7.w1.weight", "official", "layers.3.ffn.experts.7.w1.scale"),
-        ("model.layers.3.self_attn.q_a_proj.weight", "transformers", "model.layers.3.self_attn.q_a_proj.weight_scale_inv"),
+        (
+            "model.layers.3.self_attn.q_a_proj.weight",
+            "transformers",
+            "model.layers.3.self_attn.q_a_proj.weight_scale_inv",
+        ),
         ("model.layers.3.mlp.experts.down_proj", "transformers", "model.layers.3.mlp.experts.down_proj_scale_inv"),
         ("mtp.0.e_proj.weight", "transformers", "mtp.0.e_proj.scale"),
     ],

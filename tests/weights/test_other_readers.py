@@ -1,8 +1,8 @@
 """What other programs make of our folders: transformers by loading them, vLLM and SGLang by what their readers ask for.
 
-transformers 5.23 loads quantised folders on a CPU by dequantising them. vLLM and SGLang do not run here; the tables below
-name what the released code of vLLM 0.33.0 and SGLang 0.5.23 reads from config.json and expects of tensor names and
-dtypes, and a change of ours that would break them fails here.
+transformers 5.23 loads quantised folders on a CPU by dequantising them. vLLM and SGLang do not run here; the tables
+below name what the released code of vLLM 0.33.0 and SGLang 0.5.23 reads from config.json and expects of tensor names
+and dtypes, and a change of ours that would break them fails here.
 """
 
 from __future__ import annotations
@@ -141,9 +141,7 @@ def test_vllm_finds_its_fields(tmp_path: Path, format: str, naming: str) -> None
 
 
 @pytest.mark.parametrize(("format", "scales"), [("fp8", torch.float32), ("fp4", torch.float8_e8m0fnu)])
-def test_scales_have_the_names_and_dtypes_that_vllm_expects(
-    tmp_path: Path, format: str, scales: torch.dtype
-) -> None:
+def test_scales_have_the_names_and_dtypes_that_vllm_expects(tmp_path: Path, format: str, scales: torch.dtype) -> None:
     make_checkpoint(tmp_path / "model", CONFIG, format)
     tensors = CheckpointReader(tmp_path / "model").tensors
     named = {name: info for name, info in tensors.items() if name.endswith(".scale")}
@@ -192,7 +190,9 @@ def test_sglang_finds_its_fields(tmp_path: Path, format: str) -> None:
     values = json.loads((tmp_path / "model" / "config.json").read_text())
     assert values.keys() >= SGLANG_FIELDS | SGLANG_DRAFT_FIELDS
     assert values["architectures"] == ["DeepseekV4ForCausalLM"]
-    assert {"type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"} <= values["rope_scaling"].keys()
+    assert {"type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"} <= values[
+        "rope_scaling"
+    ].keys()
     assert len(values["compress_ratios"]) == 4 + len(values["dspark_target_layer_ids"])
     # It tells the experts' format by the dtype of one of their tensors.
     experts = CheckpointReader(tmp_path / "model").tensors["layers.0.ffn.experts.0.w1.weight"]

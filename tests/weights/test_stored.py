@@ -71,7 +71,10 @@ def test_a_small_parameter_called_scale_is_no_scale_of_a_weight(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"a.weight": fp8_weight(4, 4)["a.weight"]}, r"tensor a\.weight is F8_E4M3 \[4, 4\].* lacks its scales, a\.scale"),
+        (
+            {"a.weight": fp8_weight(4, 4)["a.weight"]},
+            r"tensor a\.weight is F8_E4M3 \[4, 4\].* lacks its scales, a\.scale",
+        ),
         ({"a.weight": fp4_weight(4, 32)["a.weight"]}, r"tensor a\.weight is I8 \[4, 16\].* lacks its scales, a\.scale"),
         (
             fp8_weight(4, 4) | {"a.scale": torch.ones(2, 1)},
@@ -82,10 +85,16 @@ def test_a_small_parameter_called_scale_is_no_scale_of_a_weight(tmp_path: Path) 
             r"tensor a\.scale is F32 \[1, 1\], a\.weight I8 \[4, 32\] needs \[4, 2\], one for each 32 values",
         ),
         (fp8_weight(4, 4) | {"a.scale": torch.ones(1)}, r"a\.scale is F32 \[1\], .* needs \[1, 1\]"),
-        (fp8_weight(4, 4) | {"a.scale": torch.ones(1, 1).half()}, r"a\.scale is F16 \[1, 1\], scales are F32 or F8_E8M0"),
+        (
+            fp8_weight(4, 4) | {"a.scale": torch.ones(1, 1).half()},
+            r"a\.scale is F16 \[1, 1\], scales are F32 or F8_E8M0",
+        ),
         ({"a.weight": torch.ones(4).to(torch.float8_e4m3fn), "a.scale": torch.ones(1)}, r"a\.weight is .* no matrix"),
         ({"a.weight": torch.ones(4, 24).to(torch.int8), "a.scale": torch.ones(4, 1)}, r"a\.weight is .* whole blocks"),
-        ({"a.weight": torch.tensor(1, dtype=torch.int8), "a.scale": torch.ones(1)}, r"a\.weight is I8 \[\], which is no"),
+        (
+            {"a.weight": torch.tensor(1, dtype=torch.int8), "a.scale": torch.ones(1)},
+            r"a\.weight is I8 \[\], which is no",
+        ),
     ],
     ids=["no scale", "no scale of fp4", "grid", "grid of fp4", "flat grid", "dtype", "vector", "odd width", "scalar"],
 )
@@ -101,7 +110,9 @@ def test_scales_that_are_no_scales_are_named_with_their_place(tmp_path: Path, wr
     weight["a.scale"][2, 1] = wrong
     reader = StoredReader(folder_of(tmp_path, weight))
     for _ in range(2):
-        with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor a\.scale holds the scale .* at \[2, 1\]"):
+        with pytest.raises(
+            CheckpointError, match=r"model\.safetensors: tensor a\.scale holds the scale .* at \[2, 1\]"
+        ):
             reader.read("a.weight")
 
 
@@ -134,7 +145,9 @@ def test_what_has_no_rows_is_one_piece() -> None:
 
 
 @given(st.integers(1, 300), st.sampled_from([32, 64, 160]), st.sampled_from([torch.float32, E8M0]))
-def test_four_bits_in_eight_and_in_sixteen_are_exact_and_come_back(rows: int, columns: int, scales: torch.dtype) -> None:
+def test_four_bits_in_eight_and_in_sixteen_are_exact_and_come_back(
+    rows: int, columns: int, scales: torch.dtype
+) -> None:
     weight = torch.randn(rows, columns) * torch.rand(rows, 1).mul(8).sub(4).exp2()
     four = Quantized(FP4, *encode(weight, FP4, E8M0, "a"))
     eight = Quantized(FP8, *encode(four, FP8, scales, "a"))

@@ -101,13 +101,25 @@ def one_plain_expert(tensors: dict[str, Tensor]) -> None:
     ("change", "fields", "problem"),
     [
         (lambda t: t.pop("norm.weight"), {}, "norm.weight [64] is missing"),
-        (lambda t: t.update({"layers.3.ffn.gate.tid2eid": torch.ones(2, 2)}), {}, "layers.3.ffn.gate.tid2eid [2, 2] is not in"),
+        (
+            lambda t: t.update({"layers.3.ffn.gate.tid2eid": torch.ones(2, 2)}),
+            {},
+            "layers.3.ffn.gate.tid2eid [2, 2] is not in",
+        ),
         (lambda t: t.update({"norm.weight": torch.ones(65)}), {}, "norm.weight is [65], config.json asks for [64]"),
         (drop_expert, {}, "layers.0.ffn.experts.w1 is [7, 128, 64], config.json asks for [8, 128, 64]"),
         (one_plain_expert, {}, "experts have several formats: "),
         (len, {"expert_dtype": "fp8"}, "config.json announces fp8 experts, layers.0.ffn.experts.0.w1.weight is fp4"),
-        (len, {"quantization_config": None}, "config.json announces plain experts, layers.0.ffn.experts.0.w1.weight is fp4"),
-        (len, {"quantization_config": None}, "config.json announces plain linear maps, layers.0.attn.wq_a.weight is fp8"),
+        (
+            len,
+            {"quantization_config": None},
+            "config.json announces plain experts, layers.0.ffn.experts.0.w1.weight is fp4",
+        ),
+        (
+            len,
+            {"quantization_config": None},
+            "config.json announces plain linear maps, layers.0.attn.wq_a.weight is fp8",
+        ),
         (len, {"dspark_block_size": 5}, "'dspark_target_layer_ids' and 'dspark_markov_rank': must be"),
         (len, {"num_hash_layers": 2}, "layers.1.ffn.gate.tid2eid [256, 2] is missing"),
     ],
