@@ -89,6 +89,14 @@ def indexer_loss_rows_kernel(
 
 
 @triton.jit
+def _keys(keys_CI, number_X, real_X, I: tl.constexpr, WIDTH: tl.constexpr):
+    """Keys of some entries, [X, I]; zero where a column is not real."""
+    column = tl.arange(0, WIDTH)
+    real_XI = real_X[:, None] & (column < I)[None, :]
+    return tl.load(keys_CI + number_X[:, None] * I + column[None, :], mask=real_XI, other=0.0)
+
+
+@triton.jit
 def _heads(q_TJI, weight_TJ, t, block, J, I: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr):
     """q [heads, I] and weights of a block of heads of query t; and where they stand in [T, J]."""
     head_J, column = block * HEADS + tl.arange(0, HEADS), tl.arange(0, WIDTH)
@@ -100,40 +108,64 @@ def _heads(q_TJI, weight_TJ, t, block, J, I: tl.constexpr, HEADS: tl.constexpr, 
 @triton.jit(do_not_specialize=["start"])
 def indexer_loss_bwd_queries_kernel(
     q_TJI, weight_TJ, keys_CI, picked_TX, first_entry_T, visible_T, dkl_T, gradients_tX,
-    dq_TJI, dweight_TJ, rows_tXBI, start, J, X,
+    dq_TJI, dweight_TJ, start, J, X,
     I: tl.constexpr, PICKED: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """dq and dweight of a block of heads of one query. With picks also `rows`: what each pick contributes to the
-    gradient of its key, summed over these heads; B blocks of heads."""
+    """dq and dweight of a block of heads of one query."""
+    blocks = tl.cdiv(J, HEADS)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    t = start + row
+    q_JI, weight_J, at_J, real_JI = _heads(q_TJI, weight_TJ, t, tl.program_id(0) % blocks, J, I, HEADS, WIDTH)
+    keys_CI += tl.load(first_entry_T + t) * I
+    dkl = tl.load(dkl_T + t)
+    end = X if PICKED else tl.load(visible_T + t).to(tl.int32)
+    dq_JI = tl.zeros((HEADS, WIDTH), tl.float32)
+    dweight_J = tl.zeros((HEADS,), tl.float32)
+    for at in range(0, end, COLUMNS):
+        x = at + tl.arange(0, COLUMNS)
+        number, real = _columns(picked_TX, visible_T, t, x, X, PICKED)
+        keys_XI = _keys(keys_CI, number, real, I, WIDTH)
+        dscore_X = tl.load(gradients_tX + row * X + x, mask=real, other=0.0) * dkl
+        products_JX = tl.dot(q_JI, keys_XI.T, input_precision="ieee")
+        passes = products_JX > 0
+        dweight_J += tl.sum(tl.where(passes, products_JX, 0.0) * dscore_X[None, :], 1)
+        dproducts_JX = tl.where(passes, weight_J[:, None] * dscore_X[None, :], 0.0)
+        dq_JI = tl.dot(dproducts_JX.to(q_JI.dtype), keys_XI, dq_JI, input_precision="ieee")
+    tl.store(dq_TJI + at_J[:, None] * I + tl.arange(0, WIDTH)[None, :], dq_JI.to(q_JI.dtype), mask=real_JI)
+    tl.store(dweight_TJ + at_J, dweight_J.to(dweight_TJ.dtype.element_ty), mask=at_J < (t + 1) * J)
+
+
+@triton.jit
+def _dproducts(keys_XI, q_JI, weight_J, dscore_X):
+    """Gradients of the products of some columns and heads, [X, J]."""
+    passes = tl.dot(keys_XI, q_JI.T, input_precision="ieee") > 0
+    return tl.where(passes, dscore_X[:, None] * weight_J[None, :], 0.0).to(q_JI.dtype)
+
+
+@triton.jit(do_not_specialize=["start"])
+def indexer_loss_bwd_rows_kernel(
+    q_TJI, weight_TJ, keys_CI, picked_TX, first_entry_T, visible_T, dkl_T, gradients_tX,
+    rows_tXBI, start, J, X,
+    I: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """What each pick of a query contributes to the gradient of its key, summed over a block of heads, of which there
+    are B; in the dtype of q."""
     blocks = tl.cdiv(J, HEADS)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     t = start + row
-    q_JI, weight_J, at_J, real_JI = _heads(q_TJI, weight_TJ, t, block, J, I, HEADS, WIDTH)
+    q_JI, weight_J, _at, _real = _heads(q_TJI, weight_TJ, t, block, J, I, HEADS, WIDTH)
     keys_CI += tl.load(first_entry_T + t) * I
     dkl = tl.load(dkl_T + t)
-    end = X if PICKED else tl.load(visible_T + t).to(tl.int32)
     column = tl.arange(0, WIDTH)
-    dq_JI = tl.zeros((HEADS, WIDTH), tl.float32)
-    dweight_JX = tl.zeros((HEADS, COLUMNS), tl.float32)
-    for at in range(0, end, COLUMNS):
+    for at in range(0, X, COLUMNS):
         x = at + tl.arange(0, COLUMNS)
-        number, real = _columns(picked_TX, visible_T, t, x, X, PICKED)
-        real_XI = real[:, None] & (column < I)[None, :]
-        keys_XI = tl.load(keys_CI + number[:, None] * I + column[None, :], mask=real_XI, other=0.0)
+        number, real = _columns(picked_TX, visible_T, t, x, X, True)
+        keys_XI = _keys(keys_CI, number, real, I, WIDTH)
         dscore_X = tl.load(gradients_tX + row * X + x, mask=real, other=0.0) * dkl
-        products_JX = tl.dot(q_JI, keys_XI.T, input_precision="ieee")
-        passes = products_JX > 0
-        dweight_JX += tl.where(passes, products_JX, 0.0) * dscore_X[None, :]
-        dproducts_JX = tl.where(passes, weight_J[:, None] * dscore_X[None, :], 0.0).to(q_JI.dtype)
-        dq_JI = tl.dot(dproducts_JX, keys_XI, dq_JI, input_precision="ieee")
-        if PICKED:
-            rows_XI = tl.dot(dproducts_JX.T, q_JI, input_precision="ieee").to(q_JI.dtype)
-            place_X = (row * X + x) * blocks + block
-            tl.store(rows_tXBI + place_X[:, None] * I + column[None, :], rows_XI, mask=real_XI)
-    tl.store(dq_TJI + at_J[:, None] * I + column[None, :], dq_JI.to(q_JI.dtype), mask=real_JI)
-    real_J = block * HEADS + tl.arange(0, HEADS) < J
-    tl.store(dweight_TJ + at_J, tl.sum(dweight_JX, 1).to(dweight_TJ.dtype.element_ty), mask=real_J)
+        rows_XI = tl.dot(_dproducts(keys_XI, q_JI, weight_J, dscore_X), q_JI, input_precision="ieee")
+        here = rows_tXBI + ((row * X + x) * blocks + block)[:, None] * I + column[None, :]
+        tl.store(here, rows_XI.to(q_JI.dtype), mask=real[:, None] & (column < I)[None, :])
 
 
 @triton.jit(do_not_specialize=["start", "stop", "C", "part"])
@@ -145,12 +177,10 @@ def indexer_loss_bwd_keys_kernel(
     """Gradient of one block of keys from the queries start + s part to start + (s + 1) part - 1, at most to stop - 1,
     where s is the second program index. Key c is seen by none but queries start_C[c] to stop_C[c] - 1."""
     s = tl.program_id(1).to(tl.int64)
-    c_C = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    column = tl.arange(0, WIDTH)
-    real_CI = (c_C < C)[:, None] & (column < I)[None, :]
-    keys_XI = tl.load(keys_CI + c_C[:, None] * I + column[None, :], mask=real_CI, other=0.0)
-    start_X = tl.load(start_C + c_C, mask=c_C < C, other=0)
-    stop_X = tl.load(stop_C + c_C, mask=c_C < C, other=0)
+    c_X = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    keys_XI = _keys(keys_CI, c_X, c_X < C, I, WIDTH)
+    start_X = tl.load(start_C + c_X, mask=c_X < C, other=0)
+    stop_X = tl.load(stop_C + c_X, mask=c_X < C, other=0)
     empty = start_X >= stop_X
     low = tl.maximum(tl.min(tl.where(empty, stop, start_X)), start + s * part)
     high = tl.minimum(tl.max(tl.where(empty, 0, stop_X)), tl.minimum(start + (s + 1) * part, stop))
@@ -159,13 +189,13 @@ def indexer_loss_bwd_keys_kernel(
     for step in range(0, (tl.maximum(high - low, 0) * blocks).to(tl.int32)):
         t = low + step // blocks
         q_JI, weight_J, _at, _real = _heads(q_TJI, weight_TJ, t, step % blocks, J, I, HEADS, WIDTH)
-        x = c_C - tl.load(first_entry_T + t)
+        x = c_X - tl.load(first_entry_T + t)
         seen = (x >= 0) & (x < tl.load(visible_T + t))
         dscore_X = tl.load(gradients_tX + (t - start) * X + x, mask=seen, other=0.0) * tl.load(dkl_T + t)
-        passes = tl.dot(keys_XI, q_JI.T, input_precision="ieee") > 0
-        dproducts_XJ = tl.where(passes, dscore_X[:, None] * weight_J[None, :], 0.0).to(q_JI.dtype)
-        dkeys_XI = tl.dot(dproducts_XJ, q_JI, dkeys_XI, input_precision="ieee")
-    tl.store(dkeys_SCI + (s * C + c_C)[:, None] * I + column[None, :], dkeys_XI, mask=real_CI)
+        dkeys_XI = tl.dot(_dproducts(keys_XI, q_JI, weight_J, dscore_X), q_JI, dkeys_XI, input_precision="ieee")
+    column = tl.arange(0, WIDTH)
+    real_XI = (c_X < C)[:, None] & (column < I)[None, :]
+    tl.store(dkeys_SCI + (s * C + c_X)[:, None] * I + column[None, :], dkeys_XI, mask=real_XI)
 
 
 class _Operands(NamedTuple):
@@ -216,44 +246,48 @@ def _rows(x: _Operands, start: int, sums_StX: Tensor, kl_T: Tensor | None, gradi
 
 
 def _tiles(q_TJI: Tensor) -> dict[str, int]:
-    """Heads and columns of the products of the backward. Float32 has no matrix unit, and wants small ones."""
+    """Shape of a program of the backward. Float32 has no matrix unit, and wants small products."""
     _, num_heads, width = q_TJI.shape
     most = 16 if q_TJI.dtype == torch.float32 else 64
     heads = min(most, max(16, triton.next_power_of_2(num_heads)))
-    return {"HEADS": heads, "COLUMNS": most, "WIDTH": max(16, triton.next_power_of_2(width))}
+    return {"I": width, "HEADS": heads, "COLUMNS": most, "WIDTH": max(16, triton.next_power_of_2(width)), "num_warps": 4}
 
 
 def _bwd_queries(
-    x: _Operands, dkl_T: Tensor, gradients_tX: Tensor, start: int, dq_TJI: Tensor, dweight_TJ: Tensor,
-    rows_tXBI: Tensor | None,
-) -> None:  # fmt: skip
+    x: _Operands, dkl_T: Tensor, gradients_tX: Tensor, start: int, dq_TJI: Tensor, dweight_TJ: Tensor
+) -> None:
     """dq and dweight of the queries from `start` on, as many as `gradients` has rows."""
-    (num_queries, length), (_, heads, width), tiles = gradients_tX.shape, x.q_TJI.shape, _tiles(x.q_TJI)
+    (num_queries, length), heads, tiles = gradients_tX.shape, x.q_TJI.shape[1], _tiles(x.q_TJI)
     indexer_loss_bwd_queries_kernel[(num_queries * triton.cdiv(heads, tiles["HEADS"]),)](
         x.q_TJI, x.weight_TJ, x.keys_CI, x.picked_TM, x.reached.first_entry_T, x.reached.visible_T, dkl_T, gradients_tX,
-        dq_TJI, dweight_TJ, rows_tXBI, start, heads, length,
-        I=width, PICKED=x.picked_TM is not None, **tiles, num_warps=4 if x.picked_TM is None else 8,
+        dq_TJI, dweight_TJ, start, heads, length,
+        PICKED=x.picked_TM is not None, **tiles,
     )  # fmt: skip
 
 
 def _bwd_picks(x: _Operands, dkl_T: Tensor, gradients_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dweight and, FP32, dkeys from the gradients of the scores of all picks."""
     assert x.picked_TM is not None
-    (num_queries, heads, width), picks = x.q_TJI.shape, x.columns
+    (num_queries, heads, width), picks, tiles = x.q_TJI.shape, x.columns, _tiles(x.q_TJI)
     dq_TJI, dweight_TJ = torch.empty_like(x.q_TJI), torch.empty_like(x.weight_TJ)
     dkeys_CI = torch.zeros_like(x.keys_CI, dtype=torch.float32)
-    blocks = triton.cdiv(heads, _tiles(x.q_TJI)["HEADS"])
-    row_bytes = picks * blocks * width * x.q_TJI.element_size()
-    rows_tMBI = x.q_TJI.new_empty((max(1, min(num_queries, WORKSPACE_BYTES // row_bytes)), picks, blocks, width))
-    for start in range(0, num_queries, len(rows_tMBI)):
-        stop = min(start + len(rows_tMBI), num_queries)
-        _bwd_queries(x, dkl_T, gradients_TM[start:stop], start, dq_TJI, dweight_TJ, rows_tMBI)
+    _bwd_queries(x, dkl_T, gradients_TM, 0, dq_TJI, dweight_TJ)
+    blocks = triton.cdiv(heads, tiles["HEADS"])
+    bytes_of_query = picks * blocks * width * x.q_TJI.element_size()
+    chunk = max(1, min(num_queries, WORKSPACE_BYTES // bytes_of_query))
+    rows_tMBI = x.q_TJI.new_empty((chunk, picks, blocks, width))
+    for start in range(0, num_queries, chunk):
+        stop = min(start + chunk, num_queries)
+        indexer_loss_bwd_rows_kernel[((stop - start) * blocks,)](
+            x.q_TJI, x.weight_TJ, x.keys_CI, x.picked_TM, x.reached.first_entry_T, x.reached.visible_T, dkl_T,
+            gradients_TM[start:stop], rows_tMBI, start, heads, picks, **tiles,
+        )  # fmt: skip
         order_P, first_C = picks_of_entries(
             x.reached.first_entry_T[start:stop], x.picked_TM[start:stop], len(x.keys_CI)
         )
         sparse_attention_bwd_picks_kernel[(len(x.keys_CI),)](
             rows_tMBI, order_P, first_C, dkeys_CI,
-            K=width, BLOCKS=blocks, WIDTH=triton.next_power_of_2(width), ROWS=16, num_warps=4,
+            K=width, BLOCKS=blocks, WIDTH=tiles["WIDTH"], ROWS=max(1, 8192 // tiles["WIDTH"]), num_warps=4,
         )  # fmt: skip
     return dq_TJI, dweight_TJ, dkeys_CI
 
@@ -273,12 +307,12 @@ def _bwd_visible(x: _Operands, dkl_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         stop = min(start + x.queries_at_once, num_queries)
         gradients_tX = sums_StX[0, : stop - start]
         _rows(x, start, sums_StX[:, : stop - start], None, gradients_tX)
-        _bwd_queries(x, dkl_T, gradients_tX, start, dq_TJI, dweight_TJ, None)
+        _bwd_queries(x, dkl_T, gradients_tX, start, dq_TJI, dweight_TJ)
         dkeys_SCI = torch.empty((parts, num_keys, width), device=dkeys_CI.device)
         indexer_loss_bwd_keys_kernel[(programs, parts)](
             x.q_TJI, x.weight_TJ, x.keys_CI, x.reached.first_entry_T, x.reached.visible_T, start_C, stop_C, dkl_T,
             gradients_tX, dkeys_SCI, start, stop, heads, num_keys, x.columns, triton.cdiv(stop - start, parts),
-            I=width, **tiles, num_warps=4,
+            **tiles,
         )  # fmt: skip
         dkeys_CI += dkeys_SCI.sum(0)
     return dq_TJI, dweight_TJ, dkeys_CI
