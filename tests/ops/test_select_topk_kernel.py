@@ -35,7 +35,7 @@ def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of 32 columns, so that short rows take several rounds."""
     from leadline.ops.select_topk import kernel
 
-    monkeypatch.setattr(kernel, "part_size", lambda num_rows, length, k: 32)
+    monkeypatch.setattr(kernel, "part_of", lambda num_rows, length, k: kernel.Part(32, 8))
 
 
 @pytest.mark.interpret
@@ -69,14 +69,15 @@ def test_several_rounds(columns: int, k: int) -> None:
 @given(st.integers(1, 2**17), st.integers(1, 2**18), st.integers(1, 2048))
 def test_rounds_end(rows: int, columns: int, k: int) -> None:
     """Each round leaves at most half of the columns, and five are enough for any row."""
-    from leadline.ops.select_topk.kernel import part_size
+    from leadline.ops.select_topk.kernel import part_of
 
     length, rounds, parts = columns, 0, 0
     while parts != 1:
-        part = part_size(rows, length, k)
-        assert part & (part - 1) == 0
-        parts = -(-length // part)
-        assert parts == 1 or part >= 2 * k
+        part = part_of(rows, length, k)
+        assert 1 <= part.warps <= 32
+        assert part.columns == 32 * part.warps * part.run
+        parts = -(-length // part.columns)
+        assert parts == 1 or part.columns >= 2 * k
         length, rounds = parts * k, rounds + 1
     assert rounds <= 5
 

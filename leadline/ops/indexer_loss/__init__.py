@@ -56,6 +56,6 @@ def indexer_recall(
     "True" is the attention that would see every visible entry. lse_TH is what `sparse_attention` returned, which saw
     all visible entries (dense=True) or the picked ones; in the second case the missing mass is added to the
     denominator. Queries for which every visible entry is picked are left out (their recall is 1 by construction); the
-    result may be empty.
+    result may be empty. Runs as the reference everywhere, and waits once for the device.
     """
     return recall_reference(q_THK, entries_CK, lse_TH, reach, picked_TM, dense, queries)

@@ -43,10 +43,10 @@ class IndexerLoss(torch.autograd.Function):
         reach: Reach,
         picked_TM: Tensor | None,
     ) -> Tensor:
-        assert reach.visible_T is not None
+        assert reach.most_visible is not None
         ctx.save_for_backward(index_q_TJI, index_weight_TJ, index_keys_CI, q_THK, entries_CK, lse_TH, picked_TM)
         ctx.reach = reach
-        ctx.size = _tile_size(max(q_THK.shape[1], index_q_TJI.shape[1]), int(reach.visible_T.max()))
+        ctx.size = _tile_size(max(q_THK.shape[1], index_q_TJI.shape[1]), reach.most_visible)
         kl_T = wide(index_q_TJI.new_zeros(len(index_q_TJI)))
         for tile in tiles(reach.lengths, ctx.size):
             columns = entry_columns(entries_CK, reach, tile, picked_TM)
@@ -94,17 +94,20 @@ def recall_reference(
     assert reach.first_entry_T is not None
     assert reach.visible_T is not None
     visible = reach.visible_T[queries]
-    queries = queries[visible > (picked_TM[queries] >= 0).sum(1)]
+    unsure = visible > (picked_TM[queries] >= 0).sum(1)
+    # The one place that waits for the device: how many shares there are depends on the picks.
+    rows = torch.stack([queries, reach.first_entry_T[queries], visible])[:, unsure].T.tolist()
     shares = []
-    for query in queries.tolist():
-        first, visible_here = int(reach.first_entry_T[query]), int(reach.visible_T[query])
+    for query, first, visible_here in rows:
         entries = wide(entries_CK[first : first + visible_here])
         scores_HX = wide(q_THK[query]) @ entries.T * q_THK.shape[-1] ** -0.5
-        kept = torch.zeros(visible_here, dtype=torch.bool, device=entries.device)
-        kept[picked_TM[query][picked_TM[query] >= 0]] = True
+        # one spare column takes the marks of the missing picks
+        kept = torch.zeros(visible_here + 1, dtype=torch.bool, device=entries.device)
+        picked_M = picked_TM[query]
+        kept = kept.scatter_(0, torch.where(picked_M < 0, visible_here, picked_M), True)[:-1]
         lse_H = lse_TH[query]
         if not dense:
-            lse_H = torch.logaddexp(lse_H, scores_HX[:, ~kept].logsumexp(-1))
+            lse_H = torch.logaddexp(lse_H, scores_HX.masked_fill(kept, float("-inf")).logsumexp(-1))
         mass_X = torch.exp(scores_HX - lse_H[:, None]).sum(0)
-        shares.append(mass_X[kept].sum() / mass_X.sum())
+        shares.append(mass_X.masked_fill(~kept, 0.0).sum() / mass_X.sum())
     return torch.stack(shares) if shares else lse_TH.new_zeros(0)

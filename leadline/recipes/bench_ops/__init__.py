@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from leadline.recipes.bench_ops import attention, experts, gated_pool, hyper_connection, optimizer, pointwise, products
+from leadline.recipes.bench_ops import (
+    attention,
+    experts,
+    gated_pool,
+    hyper_connection,
+    indexer,
+    optimizer,
+    pointwise,
+    products,
+)
 from leadline.recipes.bench_ops.case import Case
 
 CASES: tuple[Case, ...] = (
     *attention.CASES,
+    *indexer.CASES,
     *pointwise.CASES,
     *hyper_connection.CASES,
     *gated_pool.CASES,
