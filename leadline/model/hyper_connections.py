@@ -3,8 +3,10 @@
 Around every sublayer F, per token:
 
     pre, post, comb = coefficients(X)         from the S streams X themselves
-    y  = sum_j pre_j X_j                      the streams collapse into the sublayer's input
-    X'_k = post_k F(norm(y)) + sum_j comb_jk X_j
+    y  = sum_j pre_j X_j                      mix in: the streams collapse into the sublayer's input
+    X'_k = post_k F(norm(y)) + sum_j comb_jk X_j                mix out
+
+From one sublayer to the next the streams mix through: out of the one, into the other.
 
 comb is made doubly stochastic by Sinkhorn normalisation: mixing then neither grows nor shrinks the streams however deep
 the model is, which is the "manifold constraint". The sum runs over the FIRST index of comb; the transpose also looks
@@ -36,9 +38,16 @@ class HyperConnection(nn.Module):
         self.base = nn.Parameter(torch.empty(rows))
         self.scale = nn.Parameter(torch.empty(3))
 
-    def mix_in(self, x_TSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Collapse the streams: (y_TD in the dtype of X, post_TS FP32, comb_TSS FP32)."""
+    def mix_in(self, x_TSD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Collapse the streams: (X to go on with, y_TD in the dtype of X, post_TS FP32, comb_TSS FP32)."""
         return op.mix_in(x_TSD, self.fn, self.base, self.scale, self.rounds, self.eps, self.rms_norm_eps)
+
+    def mix_through(
+        self, x_TSD: Tensor, out_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Out of the sublayer before, whose output and coefficients are given, and into this one: as `mix_in`."""
+        own = self.fn, self.base, self.scale, self.rounds, self.eps, self.rms_norm_eps
+        return op.mix_through(x_TSD, out_TD, post_TS, comb_TSS, *own)
 
     @staticmethod
     def mix_out(x_TSD: Tensor, out_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor) -> Tensor:
@@ -63,8 +72,7 @@ class StreamHead(nn.Module):
         self.scale = nn.Parameter(torch.empty(1))
 
     def forward(self, x_TSD: Tensor) -> Tensor:
-        mixes = op.projection(x_TSD, self.fn, self.rms_norm_eps)
-        return op.collapse(x_TSD, torch.sigmoid(mixes * self.scale + self.base) + self.eps)
+        return op.mix_head(x_TSD, self.fn, self.base, self.scale, self.eps, self.rms_norm_eps)
 
 
 def spread(embedding_TD: Tensor, num_streams: int) -> Tensor:

@@ -39,8 +39,9 @@ def coefficients(connection: HyperConnection, streams: Tensor) -> tuple[Tensor, 
 def test_mix_in_and_out(tokens: int) -> None:
     connection = random_connection()
     x, out = torch.randn(tokens, S, D), torch.randn(tokens, D)
-    y, post, comb = connection.mix_in(x)
+    streams, y, post, comb = connection.mix_in(x)
     mixed = connection.mix_out(x, out, post, comb)
+    assert torch.equal(streams, x)
     for t in range(tokens):
         pre_t, post_t, comb_t = coefficients(connection, x[t])
         torch.testing.assert_close(
@@ -54,6 +55,15 @@ def test_mix_in_and_out(tokens: int) -> None:
             torch.testing.assert_close(mixed[t, k].double(), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_mix_through_is_out_and_in() -> None:
+    before, after = random_connection(), random_connection()
+    x, out = torch.randn(9, S, D), torch.randn(9, D)
+    x, _, post, comb = before.mix_in(x)
+    expected = after.mix_in(before.mix_out(x, out, post, comb))
+    for ours, wanted in zip(after.mix_through(x, out, post, comb), expected, strict=True):
+        torch.testing.assert_close(ours, wanted)
+
+
 def test_neutral_parameters() -> None:
     """base = fn = 0, whatever the gates: pre 0.5 + 1e-6, post 1, comb 1/S."""
     connection = random_connection()
@@ -61,7 +71,7 @@ def test_neutral_parameters() -> None:
         connection.fn.zero_()
         connection.base.zero_()
     x = torch.randn(5, S, D)
-    y, post, comb = connection.mix_in(x)
+    _, y, post, comb = connection.mix_in(x)
     torch.testing.assert_close(y, (0.5 + 1e-6) * x.sum(1))
     torch.testing.assert_close(post, torch.ones(5, S))
     torch.testing.assert_close(comb, torch.full((5, S, S), 1 / S), rtol=1e-5, atol=1e-5)
@@ -74,7 +84,7 @@ def test_ranges(size: float) -> None:
     with torch.no_grad():
         connection.scale.mul_(size)
     x = torch.randn(300, S, D)
-    _, post, comb = connection.mix_in(x)
+    _, _, post, comb = connection.mix_in(x)
     assert (post >= 0).all()
     assert (post <= 2).all()
     torch.testing.assert_close(comb.sum(1), torch.ones(300, S), rtol=0, atol=1e-5)
@@ -85,7 +95,7 @@ def test_ranges(size: float) -> None:
 
 def test_the_scale_of_the_streams_does_not_change_the_coefficients() -> None:
     connection, x = random_connection(), torch.randn(9, S, D)
-    (_, post, comb), (_, post_large, comb_large) = connection.mix_in(x), connection.mix_in(1000 * x)
+    (_, _, post, comb), (_, _, post_large, comb_large) = connection.mix_in(x), connection.mix_in(1000 * x)
     torch.testing.assert_close(post, post_large, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(comb, comb_large, rtol=1e-4, atol=1e-4)
 
@@ -105,9 +115,9 @@ def test_head_and_spread() -> None:
 
 def test_low_precision_streams_keep_float32_coefficients() -> None:
     connection, x = random_connection(), torch.randn(20, S, D).bfloat16()
-    y, post, comb = connection.mix_in(x)
+    _, y, post, comb = connection.mix_in(x)
     assert (y.dtype, post.dtype, comb.dtype) == (torch.bfloat16, torch.float32, torch.float32)
-    _, post_wide, comb_wide = connection.mix_in(x.float())
+    _, _, post_wide, comb_wide = connection.mix_in(x.float())
     torch.testing.assert_close(post, post_wide)
     torch.testing.assert_close(comb, comb_wide)
     assert connection.mix_out(x, y, post, comb).dtype == torch.bfloat16

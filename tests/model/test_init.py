@@ -57,7 +57,7 @@ def test_every_block_starts_as_the_identity_on_equal_streams(model):
 def test_hyper_connections_start_near_the_identity(model):
     for module in model.modules():
         if isinstance(module, HyperConnection):
-            _, post_TS, comb_TSS = module.mix_in(torch.randn(5, TINY.hc_mult, TINY.hidden_size))
+            _, _, post_TS, comb_TSS = module.mix_in(torch.randn(5, TINY.hc_mult, TINY.hidden_size))
             torch.testing.assert_close(post_TS, torch.ones_like(post_TS), rtol=0.05, atol=0)
             assert bool((comb_TSS.diagonal(dim1=1, dim2=2) > 0.9).all())
             start = sinkhorn(module.base[2 * TINY.hc_mult :].view(1, 4, 4), 20, 1e-6)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from leadline.ops.hyper_connection import collapse, mix_in, mix_out, projection
+from leadline.ops.hyper_connection import collapse, mix_head, mix_in, mix_out, mix_through, projection
 from leadline.ops.sinkhorn import sinkhorn
 
 EPS = 1e-6
@@ -28,23 +28,50 @@ def mix_out_inputs(tokens: int, streams: int, width: int, dtype: torch.dtype = t
     return [torch.randn(shape, dtype=dtype) for shape in shapes]
 
 
-def into(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def mix_through_inputs(tokens: int, streams: int, width: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    sublayer = mix_out_inputs(tokens, streams, width, dtype)
+    return [*sublayer, *mix_in_inputs(tokens, streams, width, dtype)[1:]]
+
+
+def mix_head_inputs(tokens: int, streams: int, width: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    shapes = (tokens, streams, width), (streams, streams * width), (streams,), (1,)
+    return [torch.randn(shape, dtype=dtype) for shape in shapes]
+
+
+def into(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return mix_in(x, fn, base, scale, 4, EPS, EPS)
 
 
-def by_autograd(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def through(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, out, post, comb, fn, base, scale = inputs
+    return mix_through(x, out, post, comb, fn, base, scale, 4, EPS, EPS)
+
+
+def head(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> Tensor:
+    return mix_head(x, fn, base, scale, EPS, EPS)
+
+
+OPS = [
+    (into, mix_in_inputs),
+    (mix_out, mix_out_inputs),
+    (through, mix_through_inputs),
+    (head, mix_head_inputs),
+]
+
+
+def by_autograd(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same written so that autograd finds the gradients."""
     s = x.shape[1]
     mixes = projection(x, fn, EPS)
     gates = torch.cat([scale[0].expand(s), scale[1].expand(s), scale[2].expand(s * s)])
     pre, post, comb = (mixes * gates + base).split([s, s, s * s], dim=-1)
     comb = sinkhorn(comb.unflatten(-1, (s, s)), 4, EPS)
-    return collapse(x, torch.sigmoid(pre) + EPS), 2 * torch.sigmoid(post), comb
+    return x * 1, collapse(x, torch.sigmoid(pre) + EPS), 2 * torch.sigmoid(post), comb
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 3), (5, 4, 7), (3, 1, 2), (2, 3, 5)], ids=str)
 def test_gradcheck(shape: tuple[int, int, int]) -> None:
-    for op, make in ((into, mix_in_inputs), (mix_out, mix_out_inputs)):
+    for op, make in OPS:
         inputs = [x.requires_grad_() for x in make(*shape, torch.float64)]
         assert torch.autograd.gradcheck(op, inputs)
 
@@ -62,8 +89,8 @@ def test_mix_in_against_autograd(tokens: int) -> None:
 
 
 def test_any_layout_in(scattered: Callable[[Tensor], Tensor]) -> None:
-    for op, inputs in ((into, mix_in_inputs(6, 4, 5)), (mix_out, mix_out_inputs(6, 4, 5))):
-        results = []
+    for op, make in OPS:
+        inputs, results = make(6, 4, 5), []
         for layout in (torch.clone, scattered):
             leaves = [layout(x).requires_grad_() for x in inputs]
             found = op(*leaves)
@@ -76,7 +103,8 @@ def test_any_layout_in(scattered: Callable[[Tensor], Tensor]) -> None:
 def test_low_precision_streams_are_never_kept_in_float32() -> None:
     x, *parameters = mix_in_inputs(9, 4, 64)
     x = x.bfloat16().requires_grad_()
-    y, post, comb = into(x, *parameters)
+    streams, y, post, comb = into(x, *parameters)
+    assert torch.equal(streams, x)
     mixed = mix_out(x, y, post, comb)
     for output in (y, mixed):
         assert output.dtype == torch.bfloat16
@@ -88,7 +116,7 @@ def test_low_precision_streams_are_never_kept_in_float32() -> None:
 
 def test_mix_in_keeps_little_beside_its_inputs() -> None:
     x, *parameters = mix_in_inputs(50, 4, 64)
-    y, _, _ = into(x.requires_grad_(), *parameters)
+    _, y, _, _ = into(x.requires_grad_(), *parameters)
     assert y.grad_fn is not None
     saved = y.grad_fn.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
     own = {tensor.data_ptr() for tensor in (x, *parameters)}

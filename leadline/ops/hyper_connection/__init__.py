@@ -1,19 +1,21 @@
-"""Hyper-connections: S residual streams into a sublayer and out of it."""
+"""Hyper-connections: S residual streams into a sublayer, out of it, and together at the end."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from leadline.ops.dispatch import use_kernel
-from leadline.ops.hyper_connection.reference import MixIn, MixOut, collapse, projection
+from leadline.ops.hyper_connection import reference
+from leadline.ops.hyper_connection.reference import collapse, projection
 
-__all__ = ["collapse", "mix_in", "mix_out", "projection"]
+__all__ = ["collapse", "mix_head", "mix_in", "mix_out", "mix_through", "projection"]
 
 
 def mix_in(
     x_TSD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rounds: int, eps: float, rms_eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The sublayer's input and the coefficients of `mix_out`: (y_TD, post_TS, comb_TSS) (report 2.2).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Into a sublayer: (the streams again, its input y_TD, the coefficients post_TS and comb_TSS of the way out)
+    (report 2.2).
 
         logits = scale x projection(X) + base           one row of fn and base, and one of 3 scales, for each of
         pre    = sigmoid(logits) + eps                  S rows pre,
@@ -24,12 +26,15 @@ def mix_in(
     x_TSD: the streams, any float dtype. fn: [(2 + S) S, S D], base: [(2 + S) S], scale: [3]. y comes in the dtype of
     the streams; post, comb and everything in between are FP32. Differentiable in x, fn, base and scale. For the
     backward it keeps its inputs and (2 + S) S + 1 numbers for each token; the rest is computed again.
+
+    The streams that come back are x itself. Use them further on: their gradient then joins the others within the
+    backward of this op, where it would otherwise be added in a pass of its own.
     """
     if use_kernel("hyper_connection", x_TSD):
         from leadline.ops.hyper_connection import kernel
 
         return kernel.MixIn.apply(x_TSD, fn, base, scale, rounds, eps, rms_eps)
-    return MixIn.apply(x_TSD, fn, base, scale, rounds, eps, rms_eps)
+    return reference.MixIn.apply(x_TSD, fn, base, scale, rounds, eps, rms_eps)
 
 
 def mix_out(x_TSD: Tensor, out_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor) -> Tensor:
@@ -42,4 +47,40 @@ def mix_out(x_TSD: Tensor, out_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor) ->
         from leadline.ops.hyper_connection import kernel
 
         return kernel.MixOut.apply(x_TSD, out_TD, post_TS, comb_TSS)
-    return MixOut.apply(x_TSD, out_TD, post_TS, comb_TSS)
+    return reference.MixOut.apply(x_TSD, out_TD, post_TS, comb_TSS)
+
+
+def mix_through(
+    x_TSD: Tensor,
+    out_TD: Tensor,
+    post_TS: Tensor,
+    comb_TSS: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    rounds: int,
+    eps: float,
+    rms_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Out of one sublayer and into the next: `mix_in` of what `mix_out` returns.
+
+    x, out, post, comb: as in `mix_out`; fn, base, scale and the rest: those of the next sublayer. Returns what `mix_in`
+    does, the streams being those between the two sublayers. As one op the kernel reads them one time less.
+    """
+    if use_kernel("hyper_connection", x_TSD):
+        from leadline.ops.hyper_connection import kernel
+
+        return kernel.MixThrough.apply(x_TSD, out_TD, post_TS, comb_TSS, fn, base, scale, rounds, eps, rms_eps)
+    return mix_in(mix_out(x_TSD, out_TD, post_TS, comb_TSS), fn, base, scale, rounds, eps, rms_eps)
+
+
+def mix_head(x_TSD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, rms_eps: float) -> Tensor:
+    """y = sum_j pre_j X_j with pre = sigmoid(scale x projection(X) + base) + eps, the end of the streams.
+
+    fn: [S, S D], base: [S], scale: [1]. FP32 inside, dtype of X returned. Differentiable in x, fn, base and scale.
+    """
+    if use_kernel("hyper_connection", x_TSD):
+        from leadline.ops.hyper_connection import kernel
+
+        return kernel.MixHead.apply(x_TSD, fn, base, scale, eps, rms_eps)
+    return reference.mix_head(x_TSD, fn, base, scale, eps, rms_eps)

@@ -4,23 +4,28 @@ Bytes are the floor. With S D values in a token's streams, 32 KiB at S = 4, D = 
 FLOPs for each value, and everything else a few more; tensor cores do some 500 in the time that it takes to read one. So
 what counts is how often the streams cross the memory bus:
 
-    mix_in  forward    X read twice, y written             the collapse needs pre, which needs all of X first
-    mix_out forward    X and out read, X' written          at its floor
-    mix_in  backward   X and dy read twice, dX written     dpre first; then dX and d fn in one pass over tiles
-    mix_out backward   X, out, dX' read, dX, dout written  at its floor
+    mix_in       forward    X read twice, y written                the collapse needs pre, which needs all of X
+    mix_through  forward    X, out, X' read, X', y written         projects X' before it leaves the registers
+    mix_out      forward    X, out read, X' written
+    mix_in       backward   X, dy read twice, dX read, dX written  dpre first, which needs all of X
+    mix_through  backward   X', dy read twice, dX', X, out read,   dX' is complete in registers only
+                            dX, dout written
+    mix_out      backward   X, out, dX' read, dX, dout written
 
-Holding a token between the two reads is not possible: `fn` is 24 rows as long as the token, so tokens have to share
-each piece of it, 128 at a time, and 128 tokens are twenty times the memory of a multiprocessor. What the cache holds is
-used instead: `mix_out` goes through the tokens from first to last, the projection that follows it from last to first,
-and the collapse again from first to last, so that each begins with what the one before it touched last.
+In `mix_in`, holding a token between the two reads is not possible: `fn` is 24 rows as long as the token, so tokens have
+to share each piece of it, 128 at a time, and 128 tokens are twenty times the memory of a multiprocessor. What the cache
+holds is used instead: `mix_out` goes through the tokens from first to last, the projection that follows it from last to
+first, and the collapse again from first to last, so that each begins with what the one before it touched last.
 
-`mix_in` forward is two kernels:
+Into a sublayer there are two steps:
 
-- the projection cuts the streams into slices of a fixed length, so that a token's result depends neither on how many
-  tokens come along nor on the card; one program multiplies a block of tokens with a slice of fn and leaves 24 partial
-  products and a partial sum of squares for each token;
-- the collapse adds those up, has its coefficients in registers (Sinkhorn included: one number for each thread) and
-  reads the streams again.
+- the projection, alone or behind the way out of the sublayer before, cuts the streams into slices of a fixed length, so
+  that a token's result depends neither on how many tokens come along nor on the card; one program multiplies a block of
+  tokens with a slice of fn and leaves 24 partial products and a partial sum of squares for each token;
+- the collapse adds those up and reads the streams; other programs of the same launch make post and comb meanwhile
+  (Sinkhorn included: one number for each thread).
+
+The head of the network is a `mix_in` of which only pre and y are wanted; fn has S rows there.
 
 Products are as exact as in FP32. fn is an FP32 parameter; against bfloat16 streams it is split into three bfloat16
 terms whose sum it is, for three passes of the tensor cores: a quarter of the time of FP32 arithmetic.
@@ -30,476 +35,242 @@ Sums over tokens (gradients of fn, base, scale) go through partial sums of fixed
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SLICE = 2048  # values of a token's streams that one program of the projection multiplies
+from leadline.ops.hyper_connection.backward_kernels import (
+    hyper_connection_coefficients_bwd_kernel,
+    hyper_connection_dpre_bwd_kernel,
+    hyper_connection_in_bwd_kernel,
+    hyper_connection_out_bwd_kernel,
+)
+from leadline.ops.hyper_connection.forward_kernels import (
+    hyper_connection_in_fwd_kernel,
+    hyper_connection_out_fwd_kernel,
+    hyper_connection_projection_fwd_kernel,
+    hyper_connection_through_fwd_kernel,
+)
+from leadline.ops.opaque import opaque
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tokens and columns of all streams that a program holds at once."""
+
+    tokens: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+SLICE = 1024  # values of a token's streams in one partial sum of the projection
+SPAN = 256  # columns of every stream in one of the projection behind a way out: as many values
+SLICES_TOGETHER = 4  # and as many of these are added up first
 TOKENS_PER_SUM = 2048  # tokens in one partial sum of the gradient of fn
+TOKENS_PER_COLLAPSE = 2
+TOKENS_PER_COEFFICIENTS = 32
 BLOCK_D = 1024
+OUT_BLOCK_D = 4096
+MANY_TOKENS = 1024  # enough to fill a card when one program does all columns of a token
+VERY_MANY_TOKENS = 4096  # enough when one program does several slices of a block of tokens
 
 
-# -- exact products ------------------------------------------------------------------------------------------------
+THROUGH = Tile(64, 32, num_warps=4, num_stages=2)
+IN_BACKWARD = Tile(32, 64, num_warps=8, num_stages=3)
+THROUGH_BACKWARD = Tile(16, 64, num_warps=4, num_stages=2)
 
 
-@triton.jit
-def _dot(a, b, total):
-    """total + a b, with FP32 b. bfloat16 a is exact as it is; b = high + middle + low, each in bfloat16."""
-    if a.dtype == tl.bfloat16:
-        high = b.to(tl.bfloat16)
-        rest = b - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        total = tl.dot(a, low, total)
-        total = tl.dot(a, middle, total)
-        return tl.dot(a, high, total)
-    return tl.dot(a.to(tl.float32), b, total, input_precision="ieee")
+def _rows_of_block(rows: int) -> int:
+    """The rows of fn and a place for the sum of squares, as a power of two that a dot takes."""
+    return max(16, triton.next_power_of_2(rows + 1))
 
 
-@triton.jit
-def _dot_of_floats(a, b, total, SPLIT: tl.constexpr):
-    """total + a b for FP32 a and b; with SPLIT to 16 bits, more than a result in bfloat16 can hold."""
-    if SPLIT:
-        a_high, b_high = a.to(tl.bfloat16), b.to(tl.bfloat16)
-        total = tl.dot((a - a_high.to(tl.float32)).to(tl.bfloat16), b_high, total)
-        total = tl.dot(a_high, (b - b_high.to(tl.float32)).to(tl.bfloat16), total)
-        return tl.dot(a_high, b_high, total)
-    return tl.dot(a, b, total, input_precision="ieee")
+def _block_of_columns(width: int, largest: int) -> int:
+    return min(largest, triton.next_power_of_2(width))
 
 
-# -- mix_in, forward -----------------------------------------------------------------------------------------------
+def _span(num_tokens: int, width: int, block: int) -> int:
+    """Columns of a token that one program does."""
+    return triton.cdiv(width, block) * block if num_tokens >= MANY_TOKENS else block
 
 
-@triton.jit(do_not_specialize=["T"])
-def hyper_connection_projection_fwd_kernel(
-    x_ptr,
-    fn_ptr,
-    partial_ptr,
-    T,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    SLICE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-):
-    """partial[slice, t, :ROWS] = X_t[slice] fn[:, slice]^T; partial[slice, t, ROWS] = |X_t[slice]|^2."""
-    # Slices of a block of tokens are neighbours, and the last tokens come first; see the top of the file.
-    block = tl.num_programs(1) - 1 - tl.program_id(1)
-    tokens = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    rows = tl.arange(0, BLOCK_ROWS)
-    products = tl.zeros((BLOCK_T, BLOCK_ROWS), tl.float32)
-    squares = tl.zeros((BLOCK_T,), tl.float32)
-    for start in range(0, SLICE, BLOCK_WIDTH):
-        columns = tl.program_id(0) * SLICE + start + tl.arange(0, BLOCK_WIDTH)
-        inside = columns < WIDTH
-        x = tl.load(
-            x_ptr + tokens[:, None] * WIDTH + columns[None, :], mask=(tokens < T)[:, None] & inside[None, :], other=0.0
-        )
-        fn = tl.load(
-            fn_ptr + rows[None, :] * WIDTH + columns[:, None], mask=(rows < ROWS)[None, :] & inside[:, None], other=0.0
-        )
-        products = _dot(x, fn, products)
-        x = x.to(tl.float32)
-        squares += tl.sum(x * x, axis=1)
-    result = tl.where((rows == ROWS)[None, :], squares[:, None], products)
-    target = partial_ptr + (tl.program_id(0) * T + tokens)[:, None] * BLOCK_ROWS + rows[None, :]
-    tl.store(target, result, mask=(tokens < T)[:, None])
+def _slices_together(num_tokens: int) -> int:
+    """Slices of the projection that one program does. What a program of the collapse adds up first is then the rest, so
+    that a token's result does not depend on it."""
+    return SLICES_TOGETHER if num_tokens >= VERY_MANY_TOKENS else 1
 
 
-@triton.jit
-def _sum_of_slices(partial_ptr, offsets, mask, stride, SLICES: tl.constexpr):
-    total = tl.load(partial_ptr + offsets, mask=mask, other=0.0)
-    for number in tl.static_range(1, SLICES):  # unrolled, so that all loads are under way at once
-        total += tl.load(partial_ptr + number * stride + offsets, mask=mask, other=0.0)
-    return total
+def _tile(x_TSD: Tensor, tile: Tile) -> Tile:
+    """`tile`, no wider than needed, and smaller in FP32, whose products need registers."""
+    columns = max(16, _block_of_columns(x_TSD.shape[2], tile.columns))
+    if x_TSD.dtype == torch.bfloat16:
+        return replace(tile, columns=columns)
+    return replace(tile, tokens=16, columns=min(columns, 32), num_stages=2)
 
 
-@triton.jit
-def _softmax(logits, valid):
-    """Softmax over the last axis of [tokens, S, S], 0 outside of the valid S x S."""
-    logits = tl.where(valid, logits, -1e30)
-    weights = tl.where(valid, tl.exp(logits - tl.max(logits, axis=2, keep_dims=True)), 0.0)
-    return weights / tl.maximum(tl.sum(weights, axis=2, keep_dims=True), 1e-30)
+# -- forward -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["T"])
-def hyper_connection_in_fwd_kernel(
-    x_ptr,
-    partial_ptr,
-    base_ptr,
-    scale_ptr,
-    y_ptr,
-    post_ptr,
-    comb_ptr,
-    mixes_ptr,
-    inverse_rms_ptr,
-    T,
-    eps,
-    rms_eps,
-    ROUNDS: tl.constexpr,
-    S: tl.constexpr,
-    D: tl.constexpr,
-    SLICES: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    SPAN: tl.constexpr,
-):
-    """Coefficients of a block of tokens, and y for SPAN of its D columns."""
-    ROWS: tl.constexpr = (2 + S) * S
-    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    inside = tokens < T
-    partial_ptr += tokens * BLOCK_ROWS
-    stride = T.to(tl.int64) * BLOCK_ROWS
-    squares = _sum_of_slices(partial_ptr, ROWS, inside, stride, SLICES)
-    inverse_rms = tl.rsqrt(squares / (S * D) + rms_eps)
-
-    pre_scale = tl.load(scale_ptr)
-    pre = ()
-    for j in tl.static_range(S):
-        mix = _sum_of_slices(partial_ptr, j, inside, stride, SLICES) * inverse_rms
-        pre = pre + (tl.sigmoid(mix * pre_scale + tl.load(base_ptr + j)) + eps,)
-    for start in range(0, SPAN, BLOCK_D):
-        columns = tl.program_id(1) * SPAN + start + tl.arange(0, BLOCK_D)
-        mask = inside[:, None] & (columns < D)[None, :]
-        y = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-        for j in tl.static_range(S):
-            x = tl.load(x_ptr + tokens[:, None] * (S * D) + j * D + columns[None, :], mask=mask, other=0.0)
-            y += pre[j][:, None] * x.to(tl.float32)
-        tl.store(y_ptr + tokens[:, None] * D + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
-
-    if tl.program_id(1) == 0:
-        tl.store(inverse_rms_ptr + tokens, inverse_rms, mask=inside)
-
-        stream = tl.arange(0, BLOCK_S)[None, :]
-        each = inside[:, None] & (stream < S)
-        for part in tl.static_range(2):
-            place = part * S + stream
-            mixes = _sum_of_slices(partial_ptr[:, None], place, each, stride, SLICES) * inverse_rms[:, None]
-            tl.store(mixes_ptr + tokens[:, None] * ROWS + place, mixes, mask=each)
-            if part == 1:
-                logits = mixes * tl.load(scale_ptr + 1) + tl.load(base_ptr + place, mask=stream < S, other=0.0)
-                tl.store(post_ptr + tokens[:, None] * S + stream, 2 * tl.sigmoid(logits), mask=each)
-
-        read, written = tl.arange(0, BLOCK_S)[None, :, None], tl.arange(0, BLOCK_S)[None, None, :]
-        place = read * S + written
-        valid = inside[:, None, None] & (read < S) & (written < S)
-        mixes = _sum_of_slices(partial_ptr[:, None, None], 2 * S + place, valid, stride, SLICES)
-        mixes *= inverse_rms[:, None, None]
-        tl.store(mixes_ptr + tokens[:, None, None] * ROWS + 2 * S + place, mixes, mask=valid)
-        base = tl.load(base_ptr + 2 * S + place, mask=(read < S) & (written < S), other=0.0)
-        logits = mixes * tl.load(scale_ptr + 2) + base
-        comb = tl.where(valid, _softmax(logits, valid) + eps, 0.0)
-        comb /= tl.sum(comb, axis=1, keep_dims=True) + eps
-        for _ in range(ROUNDS - 1):
-            comb /= tl.sum(comb, axis=2, keep_dims=True) + eps
-            comb /= tl.sum(comb, axis=1, keep_dims=True) + eps
-        tl.store(comb_ptr + tokens[:, None, None] * (S * S) + place, comb, mask=valid)
-
-
-# -- mix_in, backward ----------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def hyper_connection_dpre_bwd_kernel(
-    x_ptr,
-    dy_ptr,
-    dpre_ptr,
-    S: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """dpre_j = dy . X_j of one token."""
-    token = tl.program_id(0).to(tl.int64)
-    totals = ()
-    for _ in tl.static_range(S):
-        totals = totals + (tl.zeros((BLOCK_D,), tl.float32),)
-    for start in range(0, D, BLOCK_D):
-        columns = start + tl.arange(0, BLOCK_D)
-        dy = tl.load(dy_ptr + token * D + columns, mask=columns < D, other=0.0).to(tl.float32)
-        sums = ()
-        for j in tl.static_range(S):
-            x = tl.load(x_ptr + (token * S + j) * D + columns, mask=columns < D, other=0.0).to(tl.float32)
-            sums = sums + (totals[j] + dy * x,)
-        totals = sums
-    for j in tl.static_range(S):
-        tl.store(dpre_ptr + token * S + j, tl.sum(totals[j], axis=0))
-
-
-@triton.jit(do_not_specialize=["T"])
-def hyper_connection_coefficients_bwd_kernel(
-    mixes_ptr,
-    inverse_rms_ptr,
-    base_ptr,
-    scale_ptr,
-    dpre_ptr,
-    dpost_ptr,
-    dcomb_ptr,
-    dlogits_ptr,
-    dprojection_ptr,
-    pull_ptr,
-    T,
-    eps,
-    ROUNDS: tl.constexpr,
-    S: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """From the gradients of pre, post and comb to those of the logits, of the raw projection X fn^T, and to the factor
-    with which X itself enters dX, through its rms."""
-    ROWS: tl.constexpr = (2 + S) * S
-    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    inside = tokens < T
-    inverse_rms = tl.load(inverse_rms_ptr + tokens, mask=inside, other=0.0)
-    pull = tl.zeros((BLOCK_T,), tl.float32)
-
-    stream = tl.arange(0, BLOCK_S)[None, :]
-    each = inside[:, None] & (stream < S)
-    for part in tl.static_range(2):
-        place = part * S + stream
-        scale = tl.load(scale_ptr + part)
-        mixes = tl.load(mixes_ptr + tokens[:, None] * ROWS + place, mask=each, other=0.0)
-        sigmoid = tl.sigmoid(mixes * scale + tl.load(base_ptr + place, mask=stream < S, other=0.0))
-        dresult_ptr = dpre_ptr if part == 0 else dpost_ptr
-        dresult = tl.load(dresult_ptr + tokens[:, None] * S + stream, mask=each, other=0.0)
-        dlogits = (1 + part) * dresult * sigmoid * (1 - sigmoid)
-        tl.store(dlogits_ptr + tokens[:, None] * ROWS + place, dlogits, mask=each)
-        dprojection = dlogits * scale * inverse_rms[:, None]
-        tl.store(dprojection_ptr + tokens[:, None] * BLOCK_ROWS + place, dprojection, mask=each)
-        pull += tl.sum(dprojection * mixes, axis=1)
-
-    read, written = tl.arange(0, BLOCK_S)[None, :, None], tl.arange(0, BLOCK_S)[None, None, :]
-    place = read * S + written
-    valid = inside[:, None, None] & (read < S) & (written < S)
-    scale = tl.load(scale_ptr + 2)
-    mixes = tl.load(mixes_ptr + tokens[:, None, None] * ROWS + 2 * S + place, mask=valid, other=0.0)
-    logits = mixes * scale + tl.load(base_ptr + 2 * S + place, mask=(read < S) & (written < S), other=0.0)
-    probabilities = _softmax(logits, valid)
-    # The rounds again, all of their results in registers. A result y = x / s with s = sum(x) + eps gives back
-    # dx = (dy - sum(dy y)) / s.
-    comb = tl.where(valid, probabilities + eps, 0.0)
-    sums, results = (), ()
-    for step in tl.static_range(2 * ROUNDS - 1):
-        total = tl.sum(comb, axis=1 + step % 2, keep_dims=True) + eps
-        comb = comb / total
-        sums, results = sums + (total,), results + (comb,)
-    d = tl.load(dcomb_ptr + tokens[:, None, None] * (S * S) + place, mask=valid, other=0.0)
-    for step in tl.static_range(2 * ROUNDS - 2, -1, -1):
-        d = (d - tl.sum(d * results[step], axis=1 + step % 2, keep_dims=True)) / sums[step]
-    d = tl.where(valid, d, 0.0)
-    dlogits = probabilities * (d - tl.sum(d * probabilities, axis=2, keep_dims=True))
-    tl.store(dlogits_ptr + tokens[:, None, None] * ROWS + 2 * S + place, dlogits, mask=valid)
-    dprojection = dlogits * scale * inverse_rms[:, None, None]
-    tl.store(dprojection_ptr + tokens[:, None, None] * BLOCK_ROWS + 2 * S + place, dprojection, mask=valid)
-    pull += tl.sum(tl.sum(dprojection * mixes, axis=2), axis=1)
-
-    tl.store(pull_ptr + tokens, -pull * inverse_rms / (S * D), mask=inside)
-
-
-@triton.jit(do_not_specialize=["T"])
-def hyper_connection_in_bwd_kernel(
-    x_ptr,
-    fn_ptr,
-    base_ptr,
-    scale_ptr,
-    mixes_ptr,
-    dy_ptr,
-    dprojection_ptr,
-    pull_ptr,
-    dx_ptr,
-    dfn_ptr,
-    T,
-    eps,
-    S: tl.constexpr,
-    D: tl.constexpr,
-    TOKENS_PER_SUM: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """dX_j = pre_j dy + dprojection fn_j + pull X_j for some columns of one stream, and d fn of these columns, both
-    over one run of tokens."""
-    ROWS: tl.constexpr = (2 + S) * S
-    # The streams of the same columns are neighbours, so that they find dy in the cache.
-    stream = tl.program_id(0) % S
-    columns = (tl.program_id(0) // S) * BLOCK_D + tl.arange(0, BLOCK_D)
-    flat = stream * D + columns
-    rows = tl.arange(0, BLOCK_ROWS)
-    fn = tl.load(
-        fn_ptr + rows[:, None] * (S * D) + flat[None, :],
-        mask=(rows < ROWS)[:, None] & (columns < D)[None, :],
-        other=0.0,
+def _project(x_TSD: Tensor, fn: Tensor) -> Tensor:
+    """Partial products and sums of squares, [parts, T, rows of a block]."""
+    num_tokens, width, block_rows = x_TSD.shape[0], x_TSD.shape[1] * x_TSD.shape[2], _rows_of_block(len(fn))
+    together = _slices_together(num_tokens)
+    parts = triton.cdiv(width, SLICE * together)
+    partial = torch.empty(parts, num_tokens, block_rows, device=x_TSD.device)
+    hyper_connection_projection_fwd_kernel[(parts, triton.cdiv(num_tokens, 128))](
+        x_TSD, fn, partial, num_tokens, width, len(fn), SLICE, together, 128, block_rows, 64, num_warps=8, num_stages=4
     )
-    pre_scale, pre_base = tl.load(scale_ptr), tl.load(base_ptr + stream)
-    dfn = tl.zeros((BLOCK_D, BLOCK_ROWS), tl.float32)
-    first = tl.program_id(1) * TOKENS_PER_SUM
-    for start in tl.range(first, tl.minimum(first + TOKENS_PER_SUM, T), BLOCK_T, num_stages=STAGES):
-        tokens = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
-        inside = tokens < T
-        mask = inside[:, None] & (columns < D)[None, :]
-        x = tl.load(x_ptr + tokens[:, None] * (S * D) + flat[None, :], mask=mask, other=0.0)
-        dy = tl.load(dy_ptr + tokens[:, None] * D + columns[None, :], mask=mask, other=0.0)
-        dprojection = tl.load(
-            dprojection_ptr + tokens[:, None] * BLOCK_ROWS + rows[None, :],
-            mask=inside[:, None] & (rows < ROWS)[None, :],
-            other=0.0,
-        )
-        mix = tl.load(mixes_ptr + tokens * ROWS + stream, mask=inside, other=0.0)
-        pre = tl.sigmoid(mix * pre_scale + pre_base) + eps
-        pull = tl.load(pull_ptr + tokens, mask=inside, other=0.0)
-        dx = pre[:, None] * dy.to(tl.float32) + pull[:, None] * x.to(tl.float32)
-        dx = _dot_of_floats(dprojection, fn, dx, SPLIT=x_ptr.dtype.element_ty == tl.bfloat16)
-        tl.store(
-            dx_ptr + tokens[:, None] * (S * D) + flat[None, :],
-            dx.to(dx_ptr.dtype.element_ty),
-            mask=mask,
-        )
-        dfn = _dot(tl.trans(x), dprojection, dfn)
-    dfn_ptr += tl.program_id(1).to(tl.int64) * (S * D * BLOCK_ROWS)
-    tl.store(dfn_ptr + flat[:, None] * BLOCK_ROWS + rows[None, :], dfn, mask=(columns < D)[:, None])
+    return partial
 
 
-# -- mix_out -------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def hyper_connection_out_fwd_kernel(
-    x_ptr,
-    out_ptr,
-    post_ptr,
-    comb_ptr,
-    mixed_ptr,
-    S: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    SPAN: tl.constexpr,
-):
-    """SPAN columns of one token."""
-    token = tl.program_id(0).to(tl.int64)
-    post, comb = (), ()
-    for k in tl.static_range(S):
-        post = post + (tl.load(post_ptr + token * S + k),)
-    for place in tl.static_range(S * S):
-        comb = comb + (tl.load(comb_ptr + token * S * S + place),)
-    for start in range(0, SPAN, BLOCK_D):
-        columns = tl.program_id(1) * SPAN + start + tl.arange(0, BLOCK_D)
-        mask = columns < D
-        out = tl.load(out_ptr + token * D + columns, mask=mask, other=0.0).to(tl.float32)
-        x = ()
-        for j in tl.static_range(S):
-            x = x + (tl.load(x_ptr + (token * S + j) * D + columns, mask=mask, other=0.0).to(tl.float32),)
-        for k in tl.static_range(S):
-            mixed = post[k] * out
-            for j in tl.static_range(S):
-                mixed += comb[j * S + k] * x[j]
-            tl.store(mixed_ptr + (token * S + k) * D + columns, mixed.to(mixed_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def hyper_connection_out_bwd_kernel(
-    x_ptr,
-    out_ptr,
-    post_ptr,
-    comb_ptr,
-    dmixed_ptr,
-    dx_ptr,
-    dout_ptr,
-    dpost_ptr,
-    dcomb_ptr,
-    S: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
-    """All gradients of one token. The S + S x S sums over its columns are kept as one number for each run of VECTOR
-    columns, which is what one thread loads at once."""
-    token = tl.program_id(0).to(tl.int64)
-    post, comb, dpost, dcomb = (), (), (), ()
-    for k in tl.static_range(S):
-        post = post + (tl.load(post_ptr + token * S + k),)
-        dpost = dpost + (tl.zeros((BLOCK_D // VECTOR,), tl.float32),)
-    for place in tl.static_range(S * S):
-        comb = comb + (tl.load(comb_ptr + token * S * S + place),)
-        dcomb = dcomb + (tl.zeros((BLOCK_D // VECTOR,), tl.float32),)
-    runs = tl.arange(0, BLOCK_D // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    for start in range(0, D, BLOCK_D):
-        columns = start + runs
-        mask = columns < D
-        out = tl.load(out_ptr + token * D + columns, mask=mask, other=0.0).to(tl.float32)
-        dmixed, new_dpost, new_dcomb = (), (), ()
-        dout = tl.zeros((BLOCK_D // VECTOR, VECTOR), tl.float32)
-        for k in tl.static_range(S):
-            d = tl.load(dmixed_ptr + (token * S + k) * D + columns, mask=mask, other=0.0).to(tl.float32)
-            dmixed = dmixed + (d,)
-            dout += post[k] * d
-            new_dpost = new_dpost + (dpost[k] + tl.sum(out * d, axis=1),)
-        tl.store(dout_ptr + token * D + columns, dout.to(dout_ptr.dtype.element_ty), mask=mask)
-        for j in tl.static_range(S):
-            x = tl.load(x_ptr + (token * S + j) * D + columns, mask=mask, other=0.0).to(tl.float32)
-            dx = tl.zeros((BLOCK_D // VECTOR, VECTOR), tl.float32)
-            for k in tl.static_range(S):
-                dx += comb[j * S + k] * dmixed[k]
-                new_dcomb = new_dcomb + (dcomb[j * S + k] + tl.sum(x * dmixed[k], axis=1),)
-            tl.store(dx_ptr + (token * S + j) * D + columns, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        dpost, dcomb = new_dpost, new_dcomb
-    for k in tl.static_range(S):
-        tl.store(dpost_ptr + token * S + k, tl.sum(dpost[k], axis=0))
-    for place in tl.static_range(S * S):
-        tl.store(dcomb_ptr + token * S * S + place, tl.sum(dcomb[place], axis=0))
-
-
-# -- launches ------------------------------------------------------------------------------------------------------
-
-
-def _rows_of_block(num_streams: int) -> int:
-    """The (2 + S) S rows of fn and a place for the sum of squares, as a power of two that a dot takes."""
-    return max(16, triton.next_power_of_2((2 + num_streams) * num_streams + 1))
-
-
-def _block_of_columns(width: int) -> int:
-    return min(BLOCK_D, triton.next_power_of_2(width))
-
-
-def _span(num_tokens: int, width: int) -> int:
-    """Columns of a token that one program does: all of them, when the tokens are many enough to fill a card."""
-    block = _block_of_columns(width)
-    return triton.cdiv(width, block) * block if num_tokens >= 1024 else block
-
-
-def mix_in_forward(
-    x_TSD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rounds: int, eps: float, rms_eps: float
+def _collapse(
+    x_TSD: Tensor, partial: Tensor, base: Tensor, scale: Tensor, rounds: int, eps: float, rms_eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y_TD, post_TS, comb_TSS, mixes, inverse_rms_T) for contiguous inputs, parameters in FP32."""
-    (num_tokens, num_streams, width), device = x_TSD.shape, x_TSD.device
-    rows, block_rows = len(fn), _rows_of_block(num_streams)
-    slices = triton.cdiv(num_streams * width, SLICE)
-    partial = torch.empty(slices, num_tokens, block_rows, device=device)
-    hyper_connection_projection_fwd_kernel[(slices, triton.cdiv(num_tokens, 128))](
-        x_TSD, fn, partial, num_tokens, num_streams * width, rows, SLICE, 128, block_rows, 64,
-        num_warps=8, num_stages=4,
-    )  # fmt: skip
+    """(y_TD, post_TS, comb_TSS, mixes, inverse_rms_T); post and comb have no elements where base is that of a head."""
+    (num_tokens, num_streams, width), device, rows = x_TSD.shape, x_TSD.device, len(base)
     y_TD = x_TSD.new_empty(num_tokens, width)
-    post_TS = torch.empty(num_tokens, num_streams, device=device)
-    comb_TSS = torch.empty(num_tokens, num_streams, num_streams, device=device)
+    written = num_streams if rows > num_streams else 0
+    post_TS = torch.empty(num_tokens, written, device=device)
+    comb_TSS = torch.empty(num_tokens, written, written, device=device)
     mixes, inverse_rms_T = torch.empty(num_tokens, rows, device=device), torch.empty(num_tokens, device=device)
-    block_tokens, span = 4, _span(num_tokens, width)
-    hyper_connection_in_fwd_kernel[(triton.cdiv(num_tokens, block_tokens), triton.cdiv(width, span))](
+    block_columns = _block_of_columns(width, BLOCK_D)
+    span = _span(num_tokens, width, block_columns)
+    programs = triton.cdiv(num_tokens, TOKENS_PER_COEFFICIENTS) * (TOKENS_PER_COEFFICIENTS // TOKENS_PER_COLLAPSE + 1)
+    hyper_connection_in_fwd_kernel[(programs, triton.cdiv(width, span))](
         x_TSD, partial, base, scale, y_TD, post_TS, comb_TSS, mixes, inverse_rms_T, num_tokens, eps, rms_eps, rounds,
-        num_streams, width, slices, block_rows, block_tokens, triton.next_power_of_2(num_streams),
-        _block_of_columns(width), span, num_warps=4,
+        num_streams, width, rows, partial.shape[0], SLICES_TOGETHER // _slices_together(num_tokens), partial.shape[2],
+        TOKENS_PER_COLLAPSE, TOKENS_PER_COEFFICIENTS, triton.next_power_of_2(num_streams), block_columns, span,
+        num_warps=4,
     )  # fmt: skip
     return y_TD, post_TS, comb_TSS, mixes, inverse_rms_T
 
 
+def _empty_coefficients(x_TSD: Tensor, fn: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_tokens, num_streams, width = x_TSD.shape
+    shapes = (num_streams,), (num_streams, num_streams), (fn.shape[0],), ()
+    y_TD = x_TSD.new_empty(num_tokens, width)
+    return y_TD, *(x_TSD.new_empty(num_tokens, *shape, dtype=torch.float32) for shape in shapes)
+
+
+@opaque(_empty_coefficients)
+def mix_in_forward(
+    x_TSD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rounds: int, eps: float, rms_eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y_TD, post_TS, comb_TSS, mixes, inverse_rms_T) for contiguous inputs, parameters in FP32."""
+    return _collapse(x_TSD, _project(x_TSD, fn), base, scale, rounds, eps, rms_eps)
+
+
+@opaque(lambda x_TSD, fn, *_: tuple(_empty_coefficients(x_TSD, fn)[number] for number in (0, 3, 4)))
+def mix_head_forward(
+    x_TSD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, rms_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y_TD, mixes, inverse_rms_T) for contiguous inputs, parameters in FP32."""
+    y_TD, _, _, mixes, inverse_rms_T = _collapse(x_TSD, _project(x_TSD, fn), base, scale, 1, eps, rms_eps)
+    return y_TD, mixes, inverse_rms_T
+
+
+@opaque(lambda x_TSD, out_TD, post_TS, comb_TSS: torch.empty_like(x_TSD))
+def mix_out_forward(x_TSD: Tensor, out_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor) -> Tensor:
+    """The mixed streams, for contiguous inputs."""
+    mixed_TSD, (num_tokens, num_streams, width) = torch.empty_like(x_TSD), x_TSD.shape
+    many = num_tokens >= MANY_TOKENS
+    block = _block_of_columns(width, OUT_BLOCK_D if many else BLOCK_D)
+    span = _span(num_tokens, width, block)
+    hyper_connection_out_fwd_kernel[(num_tokens, triton.cdiv(width, span))](
+        x_TSD, out_TD, post_TS, comb_TSS, mixed_TSD, num_streams, width, block, span, num_warps=8 if many else 4
+    )
+    return mixed_TSD
+
+
+@opaque(lambda x_TSD, out, post, comb, fn, *_: (torch.empty_like(x_TSD), *_empty_coefficients(x_TSD, fn)))
+def mix_through_forward(
+    x_TSD: Tensor,
+    out_TD: Tensor,
+    post_TS: Tensor,
+    comb_TSS: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    rounds: int,
+    eps: float,
+    rms_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(mixed_TSD, y_TD, post_TS, comb_TSS, mixes, inverse_rms_T) for contiguous inputs, parameters in FP32."""
+    mixed_TSD, (num_tokens, num_streams, width) = torch.empty_like(x_TSD), x_TSD.shape
+    block_rows, tile, together = _rows_of_block(len(fn)), _tile(x_TSD, THROUGH), _slices_together(num_tokens)
+    parts = triton.cdiv(width, SPAN * together)
+    partial = torch.empty(parts, num_tokens, block_rows, device=x_TSD.device)
+    hyper_connection_through_fwd_kernel[(parts, triton.cdiv(num_tokens, tile.tokens))](
+        x_TSD, out_TD, post_TS, comb_TSS, fn, mixed_TSD, partial, num_tokens, num_streams, width, len(fn), SPAN,
+        together, tile.tokens, block_rows, max(64, block_rows), tile.columns, num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )  # fmt: skip
+    return mixed_TSD, *_collapse(mixed_TSD, partial, base, scale, rounds, eps, rms_eps)
+
+
+# -- backward ------------------------------------------------------------------------------------------------------
+
+
+def _into_backward(
+    x_TSD: Tensor,
+    parameters: tuple[Tensor, Tensor, Tensor],
+    mixes: Tensor,
+    inverse_rms_T: Tensor,
+    dy_TD: Tensor,
+    rest: tuple[Tensor, Tensor, Tensor] | None,
+    sublayer: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    rounds: int,
+    eps: float,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(gradients of the streams, or of the sublayer that they came out of; gradients of fn, base and scale).
+
+    rest: (dpassed_TSD, dpost_TS, dcomb_TSS), None for a head. sublayer: the inputs of the way out that made x, as
+    (streams before, out, post, comb).
+    """
+    (num_tokens, num_streams, width), device = x_TSD.shape, x_TSD.device
+    (fn, base, scale), rows = parameters, mixes.shape[1]
+    block_rows, block_streams = _rows_of_block(rows), triton.next_power_of_2(num_streams)
+    dpassed_TSD, dpost_TS, dcomb_TSS = rest or (None, None, None)
+    pre_TS, dpre_TS = torch.empty(2, num_tokens, num_streams, device=device).unbind()
+    hyper_connection_dpre_bwd_kernel[(num_tokens,)](
+        x_TSD, dy_TD, dpre_TS, num_streams, width, _block_of_columns(width, BLOCK_D), num_warps=4
+    )
+    dlogits, pull_T = torch.empty_like(mixes), torch.empty(num_tokens, device=device)
+    dprojection = torch.empty(num_tokens, block_rows, device=device)
+    # Two 4 x 4 matrices fill one warp, and sums within a warp need no barrier.
+    hyper_connection_coefficients_bwd_kernel[(triton.cdiv(num_tokens, 2),)](
+        mixes, inverse_rms_T, base, scale, dpre_TS, dpost_TS, dcomb_TSS, pre_TS, dlogits, dprojection, pull_T,
+        num_tokens, eps, rounds, num_streams, width, rows, block_rows, 2, block_streams, num_warps=1,
+    )  # fmt: skip
+
+    tile = _tile(x_TSD, THROUGH_BACKWARD if sublayer else IN_BACKWARD)
+    sums, blocks = triton.cdiv(num_tokens, TOKENS_PER_SUM), triton.cdiv(width, tile.columns)
+    dfn = torch.empty(sums, num_streams * width, block_rows, device=device)
+    gradients = [torch.empty_like(x_TSD)]
+    dout_TD = dweights = None
+    if sublayer:
+        dout_TD = torch.empty_like(sublayer[1])
+        dweights = torch.empty(blocks, num_streams + num_streams**2, num_tokens, device=device)
+    hyper_connection_in_bwd_kernel[(blocks, sums)](
+        x_TSD, fn, pre_TS, dprojection, pull_T, dy_TD, dpassed_TSD, dfn, gradients[0], *(sublayer or [None] * 4),
+        dout_TD, dweights, num_tokens, num_streams, width, rows, TOKENS_PER_SUM, block_rows, tile.tokens, tile.columns,
+        tile.num_stages, num_warps=tile.num_warps,
+    )  # fmt: skip
+    if dout_TD is not None and dweights is not None:
+        dpost_ST, dcomb_XT = dweights.sum(0).split([num_streams, num_streams**2])
+        dcomb = dcomb_XT.T.reshape(num_tokens, num_streams, num_streams)
+        gradients += [dout_TD, dpost_ST.T.contiguous(), dcomb.contiguous()]
+    dgates = (dlogits * mixes).sum(0).split([num_streams, num_streams, num_streams**2] if rest else [num_streams])
+    dscale = torch.stack([dgate.sum() for dgate in dgates])
+    return gradients, [dfn.sum(0)[:, :rows].T.contiguous(), dlogits.sum(0), dscale]
+
+
+@opaque(lambda x_TSD, fn, base, scale, *_: tuple(torch.empty_like(x) for x in (x_TSD, fn, base, scale)))
 def mix_in_backward(
     x_TSD: Tensor,
     fn: Tensor,
@@ -507,6 +278,7 @@ def mix_in_backward(
     scale: Tensor,
     mixes: Tensor,
     inverse_rms_T: Tensor,
+    dpassed_TSD: Tensor,
     dy_TD: Tensor,
     dpost_TS: Tensor,
     dcomb_TSS: Tensor,
@@ -514,43 +286,59 @@ def mix_in_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dfn, dbase, dscale) for contiguous inputs, parameters in FP32."""
-    (num_tokens, num_streams, width), device = x_TSD.shape, x_TSD.device
-    rows, block_rows = len(fn), _rows_of_block(num_streams)
-    dpre_TS = torch.empty(num_tokens, num_streams, device=device)
-    hyper_connection_dpre_bwd_kernel[(num_tokens,)](
-        x_TSD, dy_TD, dpre_TS, num_streams, width, _block_of_columns(width), num_warps=4
+    rest = dpassed_TSD, dpost_TS, dcomb_TSS
+    (dx_TSD,), (dfn, dbase, dscale) = _into_backward(
+        x_TSD, (fn, base, scale), mixes, inverse_rms_T, dy_TD, rest, None, rounds, eps
     )
-    dlogits, pull_T = torch.empty_like(mixes), torch.empty(num_tokens, device=device)
-    dprojection = torch.empty(num_tokens, block_rows, device=device)
-    # Two 4 x 4 matrices fill one warp, and sums within a warp need no barrier.
-    hyper_connection_coefficients_bwd_kernel[(triton.cdiv(num_tokens, 2),)](
-        mixes, inverse_rms_T, base, scale, dpre_TS, dpost_TS, dcomb_TSS, dlogits, dprojection, pull_T, num_tokens, eps,
-        rounds, num_streams, width, block_rows, 2, triton.next_power_of_2(num_streams), num_warps=1,
-    )  # fmt: skip
-    dx_TSD = torch.empty_like(x_TSD)
-    sums = triton.cdiv(num_tokens, TOKENS_PER_SUM)
-    dfn = torch.empty(sums, num_streams * width, block_rows, device=device)
-    # Arithmetic in FP32 takes registers that tensor cores do not need. 168 registers let 3 programs share a processor.
-    edge = 64 if x_TSD.dtype == torch.bfloat16 else 32
-    hyper_connection_in_bwd_kernel[(num_streams * triton.cdiv(width, edge), sums)](
-        x_TSD, fn, base, scale, mixes, dy_TD, dprojection, pull_T, dx_TSD, dfn, num_tokens, eps, num_streams, width,
-        TOKENS_PER_SUM, block_rows, edge, edge, 3, num_warps=4, maxnreg=168,
-    )  # fmt: skip
-    dgates = (dlogits * mixes).sum(0).split([num_streams, num_streams, num_streams**2])
-    dscale = torch.stack([dgate.sum() for dgate in dgates])
-    return dx_TSD, dfn.sum(0)[:, :rows].T.contiguous(), dlogits.sum(0), dscale
+    return dx_TSD, dfn, dbase, dscale
 
 
-def mix_out_forward(x_TSD: Tensor, out_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor) -> Tensor:
-    """The mixed streams, for contiguous inputs."""
-    mixed_TSD, (num_tokens, num_streams, width) = torch.empty_like(x_TSD), x_TSD.shape
-    span = _span(num_tokens, width)
-    hyper_connection_out_fwd_kernel[(num_tokens, triton.cdiv(width, span))](
-        x_TSD, out_TD, post_TS, comb_TSS, mixed_TSD, num_streams, width, _block_of_columns(width), span, num_warps=4
+@opaque(lambda x_TSD, fn, base, scale, *_: tuple(torch.empty_like(x) for x in (x_TSD, fn, base, scale)))
+def mix_head_backward(
+    x_TSD: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    mixes: Tensor,
+    inverse_rms_T: Tensor,
+    dy_TD: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dfn, dbase, dscale) for contiguous inputs, parameters in FP32."""
+    (dx_TSD,), (dfn, dbase, dscale) = _into_backward(
+        x_TSD, (fn, base, scale), mixes, inverse_rms_T, dy_TD, None, None, 1, eps
     )
-    return mixed_TSD
+    return dx_TSD, dfn, dbase, dscale
 
 
+@opaque(lambda *inputs: tuple(torch.empty_like(x) for x in (*inputs[:4], *inputs[5:8])))
+def mix_through_backward(
+    x_TSD: Tensor,
+    out_TD: Tensor,
+    post_TS: Tensor,
+    comb_TSS: Tensor,
+    mixed_TSD: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    mixes: Tensor,
+    inverse_rms_T: Tensor,
+    dpassed_TSD: Tensor,
+    dy_TD: Tensor,
+    dpost_TS: Tensor,
+    dcomb_TSS: Tensor,
+    rounds: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dout, dpost, dcomb, dfn, dbase, dscale) for contiguous inputs, parameters in FP32."""
+    rest, sublayer = (dpassed_TSD, dpost_TS, dcomb_TSS), (x_TSD, out_TD, post_TS, comb_TSS)
+    (dx_TSD, dout_TD, dpost, dcomb), (dfn, dbase, dscale) = _into_backward(
+        mixed_TSD, (fn, base, scale), mixes, inverse_rms_T, dy_TD, rest, sublayer, rounds, eps
+    )
+    return dx_TSD, dout_TD, dpost, dcomb, dfn, dbase, dscale
+
+
+@opaque(lambda *inputs: tuple(torch.empty_like(x) for x in inputs[:4]))
 def mix_out_backward(
     x_TSD: Tensor, out_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor, dmixed_TSD: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -558,7 +346,7 @@ def mix_out_backward(
     dx_TSD, dout_TD = torch.empty_like(x_TSD), torch.empty_like(out_TD)
     dpost_TS, dcomb_TSS = torch.empty_like(post_TS), torch.empty_like(comb_TSS)
     num_tokens, num_streams, width = x_TSD.shape
-    block = _block_of_columns(width)
+    block = _block_of_columns(width, BLOCK_D)
     vector = min(block, 16 // x_TSD.element_size())
     hyper_connection_out_bwd_kernel[(num_tokens,)](
         x_TSD, out_TD, post_TS, comb_TSS, dmixed_TSD, dx_TSD, dout_TD, dpost_TS, dcomb_TSS, num_streams, width, block,
@@ -570,35 +358,79 @@ def mix_out_backward(
 # -- autograd ------------------------------------------------------------------------------------------------------
 
 
+def _contiguous(*tensors: Tensor) -> list[Tensor]:
+    return [x.contiguous() for x in tensors]
+
+
+def _wide(*parameters: Tensor) -> list[Tensor]:
+    return [parameter.float().contiguous() for parameter in parameters]
+
+
+def _narrow(
+    gradients: tuple[Tensor, ...] | list[Tensor], parameters: tuple[Tensor, ...] | list[Tensor]
+) -> list[Tensor]:
+    """Gradients in the dtypes of their parameters."""
+    return [gradient.to(parameter.dtype) for gradient, parameter in zip(gradients, parameters, strict=True)]
+
+
 class MixIn(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_TSD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rounds: int, eps: float, rms_eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        x_TSD = x_TSD.contiguous()
-        parameters = [parameter.float().contiguous() for parameter in (fn, base, scale)]
-        y_TD, post_TS, comb_TSS, *saved = mix_in_forward(x_TSD, *parameters, rounds, eps, rms_eps)
-        ctx.save_for_backward(x_TSD, fn, base, scale, *saved)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        streams = x_TSD.contiguous()
+        y_TD, post_TS, comb_TSS, *saved = mix_in_forward(streams, *_wide(fn, base, scale), rounds, eps, rms_eps)
+        ctx.save_for_backward(streams, fn, base, scale, *saved)
         ctx.rounds, ctx.eps = rounds, eps
-        return y_TD, post_TS, comb_TSS
+        return x_TSD, y_TD, post_TS, comb_TSS
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_TD: Tensor, dpost_TS: Tensor, dcomb_TSS: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x_TSD, *parameters, mixes, inverse_rms_T = ctx.saved_tensors
-        gradients = [gradient.contiguous() for gradient in (dy_TD, dpost_TS, dcomb_TSS)]
-        fn, base, scale = (parameter.float().contiguous() for parameter in parameters)
         dx_TSD, *dparameters = mix_in_backward(
-            x_TSD, fn, base, scale, mixes, inverse_rms_T, *gradients, ctx.rounds, ctx.eps
+            x_TSD, *_wide(*parameters), mixes, inverse_rms_T, *_contiguous(*gradients), ctx.rounds, ctx.eps
         )
-        dparameters = [d.to(parameter.dtype) for d, parameter in zip(dparameters, parameters, strict=True)]
-        return dx_TSD, *dparameters, None, None, None
+        return dx_TSD, *_narrow(dparameters, parameters), None, None, None
+
+
+class MixThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TSD: Tensor,
+        out_TD: Tensor,
+        post_TS: Tensor,
+        comb_TSS: Tensor,
+        fn: Tensor,
+        base: Tensor,
+        scale: Tensor,
+        rounds: int,
+        eps: float,
+        rms_eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        sublayer = _contiguous(x_TSD, out_TD, post_TS, comb_TSS)
+        mixed_TSD, *found = mix_through_forward(*sublayer, *_wide(fn, base, scale), rounds, eps, rms_eps)
+        y_TD, post_TS, comb_TSS, *saved = found
+        ctx.save_for_backward(*sublayer, mixed_TSD, fn, base, scale, *saved)
+        ctx.rounds, ctx.eps = rounds, eps
+        return mixed_TSD, y_TD, post_TS, comb_TSS
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        *sublayer, mixed_TSD, fn, base, scale, mixes, inverse_rms_T = ctx.saved_tensors
+        found = mix_through_backward(
+            *sublayer, mixed_TSD, *_wide(fn, base, scale), mixes, inverse_rms_T, *_contiguous(*gradients), ctx.rounds,
+            ctx.eps,
+        )  # fmt: skip
+        return *found[:4], *_narrow(found[4:], (fn, base, scale)), None, None, None
 
 
 class MixOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TSD: Tensor, out_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor) -> Tensor:
-        inputs = [x.contiguous() for x in (x_TSD, out_TD, post_TS, comb_TSS)]
+        inputs = _contiguous(x_TSD, out_TD, post_TS, comb_TSS)
         ctx.save_for_backward(*inputs)
         return mix_out_forward(*inputs)
 
@@ -606,3 +438,22 @@ class MixOut(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dmixed_TSD: Tensor) -> tuple[Tensor | None, ...]:
         return mix_out_backward(*ctx.saved_tensors, dmixed_TSD.contiguous())
+
+
+class MixHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TSD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, rms_eps: float) -> Tensor:
+        x_TSD = x_TSD.contiguous()
+        y_TD, *saved = mix_head_forward(x_TSD, *_wide(fn, base, scale), eps, rms_eps)
+        ctx.save_for_backward(x_TSD, fn, base, scale, *saved)
+        ctx.eps = eps
+        return y_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TSD, *parameters, mixes, inverse_rms_T = ctx.saved_tensors
+        dx_TSD, *dparameters = mix_head_backward(
+            x_TSD, *_wide(*parameters), mixes, inverse_rms_T, dy_TD.contiguous(), ctx.eps
+        )
+        return dx_TSD, *_narrow(dparameters, parameters), None, None

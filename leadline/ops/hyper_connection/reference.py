@@ -27,6 +27,11 @@ def collapse(x_TSD: Tensor, pre_TS: Tensor) -> Tensor:
     return torch.bmm(pre_TS[:, None], wide(x_TSD)).squeeze(1).to(x_TSD.dtype)
 
 
+def mix_head(x_TSD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, rms_eps: float) -> Tensor:
+    mixes = projection(x_TSD, fn, rms_eps)
+    return collapse(x_TSD, torch.sigmoid(mixes * wide(scale) + wide(base)) + eps)
+
+
 def _raw_projection(flat: Tensor, fn: Tensor) -> Tensor:
     return torch.nn.functional.linear(flat, wide(fn))
 
@@ -52,18 +57,20 @@ class MixIn(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_TSD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rounds: int, eps: float, rms_eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         flat = wide(x_TSD.flatten(1))
         inverse_rms_T1 = _inverse_rms(flat, rms_eps)
         mixes = _raw_projection(flat, fn) * inverse_rms_T1
         pre_TS, post_TS, comb_TSS = _coefficients(mixes, base, scale, x_TSD.shape[1], rounds, eps)
         ctx.save_for_backward(x_TSD, fn, base, scale, mixes, inverse_rms_T1)
         ctx.rounds, ctx.eps = rounds, eps
-        return collapse(x_TSD, pre_TS), post_TS, comb_TSS
+        return x_TSD, collapse(x_TSD, pre_TS), post_TS, comb_TSS
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_TD: Tensor, dpost_TS: Tensor, dcomb_TSS: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dpassed_TSD: Tensor, dy_TD: Tensor, dpost_TS: Tensor, dcomb_TSS: Tensor
+    ) -> tuple[Tensor | None, ...]:
         x_TSD, fn, *parts, inverse_rms_T1 = ctx.saved_tensors
         base, scale, mixes = (part.detach().requires_grad_() for part in parts)
         dy_TD, streams_TSD = wide(dy_TD), wide(x_TSD)
@@ -77,7 +84,7 @@ class MixIn(torch.autograd.Function):
         dprojection = dmixes * inverse_rms_T1
         pull_T1 = (dmixes * mixes).sum(-1, keepdim=True) * inverse_rms_T1.square() / flat.shape[-1]
         dx = (dprojection @ wide(fn)).addcmul_(flat, pull_T1, value=-1.0).view_as(x_TSD)
-        dx.addcmul_(coefficients[0].detach()[..., None], dy_TD[:, None])
+        dx.addcmul_(coefficients[0].detach()[..., None], dy_TD[:, None]).add_(dpassed_TSD)
         return dx.to(x_TSD.dtype), (dprojection.T @ flat).to(fn.dtype), dbase, dscale, None, None, None
 
 

@@ -1,0 +1,274 @@
+"""The backward kernels of the hyper-connections; `kernel.py` says how they work together."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from leadline.ops.hyper_connection.forward_kernels import dot, softmax
+
+
+@triton.jit
+def _dot_of_floats(a, b, total, SPLIT: tl.constexpr):
+    """total + a b for FP32 a and b; with SPLIT to 16 bits, more than a result in bfloat16 can hold."""
+    if SPLIT:
+        a_high, b_high = a.to(tl.bfloat16), b.to(tl.bfloat16)
+        total = tl.dot((a - a_high.to(tl.float32)).to(tl.bfloat16), b_high, total)
+        total = tl.dot(a_high, (b - b_high.to(tl.float32)).to(tl.bfloat16), total)
+        return tl.dot(a_high, b_high, total)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def hyper_connection_dpre_bwd_kernel(
+    x_ptr,
+    dy_ptr,
+    dpre_ptr,
+    S: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dpre_j = dy . X_j of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    totals = ()
+    for _ in tl.static_range(S):
+        totals = totals + (tl.zeros((BLOCK_D,), tl.float32),)
+    for start in range(0, D, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        dy = tl.load(dy_ptr + token * D + columns, mask=columns < D, other=0.0).to(tl.float32)
+        sums = ()
+        for j in tl.static_range(S):
+            x = tl.load(x_ptr + (token * S + j) * D + columns, mask=columns < D, other=0.0).to(tl.float32)
+            sums = sums + (totals[j] + dy * x,)
+        totals = sums
+    for j in tl.static_range(S):
+        tl.store(dpre_ptr + token * S + j, tl.sum(totals[j], axis=0))
+
+
+@triton.jit(do_not_specialize=["T"])
+def hyper_connection_coefficients_bwd_kernel(
+    mixes_ptr,
+    inverse_rms_ptr,
+    base_ptr,
+    scale_ptr,
+    dpre_ptr,
+    dpost_ptr,
+    dcomb_ptr,
+    pre_ptr,
+    dlogits_ptr,
+    dprojection_ptr,
+    pull_ptr,
+    T,
+    eps,
+    ROUNDS: tl.constexpr,
+    S: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """pre again. From the gradients of pre, post and comb to those of the logits, of the raw projection X fn^T, and to
+    the factor with which X itself enters dX, through its rms."""
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = tokens < T
+    inverse_rms = tl.load(inverse_rms_ptr + tokens, mask=inside, other=0.0)
+    pull = tl.zeros((BLOCK_T,), tl.float32)
+
+    stream = tl.arange(0, BLOCK_S)[None, :]
+    each = inside[:, None] & (stream < S)
+    for part in tl.static_range(min(2, ROWS // S)):
+        place = part * S + stream
+        scale = tl.load(scale_ptr + part)
+        mixes = tl.load(mixes_ptr + tokens[:, None] * ROWS + place, mask=each, other=0.0)
+        sigmoid = tl.sigmoid(mixes * scale + tl.load(base_ptr + place, mask=stream < S, other=0.0))
+        dresult_ptr = dpost_ptr if part == 1 else dpre_ptr
+        dresult = tl.load(dresult_ptr + tokens[:, None] * S + stream, mask=each, other=0.0)
+        dlogits = (1 + part) * dresult * sigmoid * (1 - sigmoid)
+        if part == 0:
+            tl.store(pre_ptr + tokens[:, None] * S + stream, sigmoid + eps, mask=each)
+        tl.store(dlogits_ptr + tokens[:, None] * ROWS + place, dlogits, mask=each)
+        dprojection = dlogits * scale * inverse_rms[:, None]
+        tl.store(dprojection_ptr + tokens[:, None] * BLOCK_ROWS + place, dprojection, mask=each)
+        pull += tl.sum(dprojection * mixes, axis=1)
+
+    if ROWS > S:
+        read, written = tl.arange(0, BLOCK_S)[None, :, None], tl.arange(0, BLOCK_S)[None, None, :]
+        place = read * S + written
+        valid = inside[:, None, None] & (read < S) & (written < S)
+        scale = tl.load(scale_ptr + 2)
+        mixes = tl.load(mixes_ptr + tokens[:, None, None] * ROWS + 2 * S + place, mask=valid, other=0.0)
+        logits = mixes * scale + tl.load(base_ptr + 2 * S + place, mask=(read < S) & (written < S), other=0.0)
+        probabilities = softmax(logits, valid)
+        # The rounds again, all of their results in registers. A result y = x / s with s = sum(x) + eps gives back
+        # dx = (dy - sum(dy y)) / s.
+        comb = tl.where(valid, probabilities + eps, 0.0)
+        sums, results = (), ()
+        for step in tl.static_range(2 * ROUNDS - 1):
+            total = tl.sum(comb, axis=1 + step % 2, keep_dims=True) + eps
+            comb = comb / total
+            sums, results = sums + (total,), results + (comb,)
+        d = tl.load(dcomb_ptr + tokens[:, None, None] * (S * S) + place, mask=valid, other=0.0)
+        for step in tl.static_range(2 * ROUNDS - 2, -1, -1):
+            d = (d - tl.sum(d * results[step], axis=1 + step % 2, keep_dims=True)) / sums[step]
+        d = tl.where(valid, d, 0.0)
+        dlogits = probabilities * (d - tl.sum(d * probabilities, axis=2, keep_dims=True))
+        tl.store(dlogits_ptr + tokens[:, None, None] * ROWS + 2 * S + place, dlogits, mask=valid)
+        dprojection = dlogits * scale * inverse_rms[:, None, None]
+        tl.store(dprojection_ptr + tokens[:, None, None] * BLOCK_ROWS + 2 * S + place, dprojection, mask=valid)
+        pull += tl.sum(tl.sum(dprojection * mixes, axis=2), axis=1)
+
+    tl.store(pull_ptr + tokens, -pull * inverse_rms / (S * D), mask=inside)
+
+
+@triton.jit(do_not_specialize=["T"])
+def hyper_connection_in_bwd_kernel(
+    x_ptr,
+    fn_ptr,
+    pre_ptr,
+    dprojection_ptr,
+    pull_ptr,
+    dy_ptr,
+    dpassed_ptr,
+    dfn_ptr,
+    dx_ptr,
+    before_ptr,
+    out_ptr,
+    post_ptr,
+    comb_ptr,
+    dout_ptr,
+    dweights_ptr,
+    T,
+    S: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS_PER_SUM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Some columns of all streams over one run of tokens:
+
+    dX_k = pre_k dy + dprojection fn_k + pull X_k + dpassed_k, and d fn of these columns. Where the streams came out of
+    a sublayer, `before_ptr` and the rest of its inputs are given, and dX is not written but taken on to them: see
+    `hyper_connection_out_bwd_kernel`. The sums over columns, S + S x S for each token, are left in parts.
+    """
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    rows = tl.arange(0, BLOCK_ROWS)
+    fn, dfn = (), ()
+    for k in tl.static_range(S):
+        part = tl.load(
+            fn_ptr + rows[:, None] * (S * D) + k * D + columns[None, :],
+            mask=(rows < ROWS)[:, None] & (columns < D)[None, :],
+            other=0.0,
+        )
+        fn = fn + (part,)
+        dfn = dfn + (tl.zeros((BLOCK_D, BLOCK_ROWS), tl.float32),)
+    first = tl.program_id(1) * TOKENS_PER_SUM
+    for start in tl.range(first, tl.minimum(first + TOKENS_PER_SUM, T), BLOCK_T, num_stages=STAGES):
+        tokens = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
+        inside = tokens < T
+        mask = inside[:, None] & (columns < D)[None, :]
+        row_places = tokens[:, None] * D + columns[None, :]
+        places = tokens[:, None] * (S * D) + columns[None, :]
+        if before_ptr is not None:  # asked for early, needed late
+            out = tl.load(out_ptr + row_places, mask=mask, other=0.0)
+            before = ()
+            for j in tl.static_range(S):
+                before = before + (tl.load(before_ptr + places + j * D, mask=mask, other=0.0),)
+        dy = tl.load(dy_ptr + row_places, mask=mask, other=0.0).to(tl.float32)
+        dprojection = tl.load(
+            dprojection_ptr + tokens[:, None] * BLOCK_ROWS + rows[None, :],
+            mask=inside[:, None] & (rows < ROWS)[None, :],
+            other=0.0,
+        )
+        pull = tl.load(pull_ptr + tokens, mask=inside, other=0.0)[:, None]
+        dstreams, new_dfn = (), ()
+        for k in tl.static_range(S):
+            x = tl.load(x_ptr + places + k * D, mask=mask, other=0.0)
+            pre = tl.load(pre_ptr + tokens * S + k, mask=inside, other=0.0)[:, None]
+            d = pre * dy + pull * x.to(tl.float32)
+            if dpassed_ptr is not None:
+                d += tl.load(dpassed_ptr + places + k * D, mask=mask, other=0.0).to(tl.float32)
+            d = _dot_of_floats(dprojection, fn[k], d, SPLIT=x_ptr.dtype.element_ty == tl.bfloat16)
+            new_dfn = new_dfn + (dot(tl.trans(x), dprojection, dfn[k]),)
+            if before_ptr is None:
+                tl.store(dx_ptr + places + k * D, d.to(dx_ptr.dtype.element_ty), mask=mask)
+            else:
+                dstreams = dstreams + (d,)
+        dfn = new_dfn
+
+        if before_ptr is not None:
+            parts_ptr = dweights_ptr + tl.program_id(0).to(tl.int64) * (S + S * S) * T + tokens
+            dout = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+            for k in tl.static_range(S):
+                post = tl.load(post_ptr + tokens * S + k, mask=inside, other=0.0)[:, None]
+                dout += post * dstreams[k]
+                tl.store(parts_ptr + k * T, tl.sum(out.to(tl.float32) * dstreams[k], axis=1), mask=inside)
+            tl.store(dout_ptr + row_places, dout.to(dout_ptr.dtype.element_ty), mask=mask)
+            for j in tl.static_range(S):
+                dx = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+                for k in tl.static_range(S):
+                    place = j * S + k
+                    comb = tl.load(comb_ptr + tokens * S * S + place, mask=inside, other=0.0)[:, None]
+                    dx += comb * dstreams[k]
+                    dcomb = tl.sum(before[j].to(tl.float32) * dstreams[k], axis=1)
+                    tl.store(parts_ptr + (S + place) * T, dcomb, mask=inside)
+                tl.store(dx_ptr + places + j * D, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    for k in tl.static_range(S):
+        flat = (tl.program_id(1).to(tl.int64) * S + k) * D + columns
+        tl.store(dfn_ptr + flat[:, None] * BLOCK_ROWS + rows[None, :], dfn[k], mask=(columns < D)[:, None])
+
+
+@triton.jit
+def hyper_connection_out_bwd_kernel(
+    x_ptr,
+    out_ptr,
+    post_ptr,
+    comb_ptr,
+    dmixed_ptr,
+    dx_ptr,
+    dout_ptr,
+    dpost_ptr,
+    dcomb_ptr,
+    S: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """All gradients of one token. The S + S x S sums over its columns are kept as one number for each run of VECTOR
+    columns, which is what one thread loads at once."""
+    token = tl.program_id(0).to(tl.int64)
+    post, comb, dpost, dcomb = (), (), (), ()
+    for k in tl.static_range(S):
+        post = post + (tl.load(post_ptr + token * S + k),)
+        dpost = dpost + (tl.zeros((BLOCK_D // VECTOR,), tl.float32),)
+    for place in tl.static_range(S * S):
+        comb = comb + (tl.load(comb_ptr + token * S * S + place),)
+        dcomb = dcomb + (tl.zeros((BLOCK_D // VECTOR,), tl.float32),)
+    runs = tl.arange(0, BLOCK_D // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    for start in range(0, D, BLOCK_D):
+        columns = start + runs
+        mask = columns < D
+        out = tl.load(out_ptr + token * D + columns, mask=mask, other=0.0).to(tl.float32)
+        dmixed, new_dpost, new_dcomb = (), (), ()
+        dout = tl.zeros((BLOCK_D // VECTOR, VECTOR), tl.float32)
+        for k in tl.static_range(S):
+            d = tl.load(dmixed_ptr + (token * S + k) * D + columns, mask=mask, other=0.0).to(tl.float32)
+            dmixed = dmixed + (d,)
+            dout += post[k] * d
+            new_dpost = new_dpost + (dpost[k] + tl.sum(out * d, axis=1),)
+        tl.store(dout_ptr + token * D + columns, dout.to(dout_ptr.dtype.element_ty), mask=mask)
+        for j in tl.static_range(S):
+            x = tl.load(x_ptr + (token * S + j) * D + columns, mask=mask, other=0.0).to(tl.float32)
+            dx = tl.zeros((BLOCK_D // VECTOR, VECTOR), tl.float32)
+            for k in tl.static_range(S):
+                dx += comb[j * S + k] * dmixed[k]
+                new_dcomb = new_dcomb + (dcomb[j * S + k] + tl.sum(x * dmixed[k], axis=1),)
+            tl.store(dx_ptr + (token * S + j) * D + columns, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        dpost, dcomb = new_dpost, new_dcomb
+    for k in tl.static_range(S):
+        tl.store(dpost_ptr + token * S + k, tl.sum(dpost[k], axis=0))
+    for place in tl.static_range(S * S):
+        tl.store(dcomb_ptr + token * S * S + place, tl.sum(dcomb[place], axis=0))
