@@ -20,6 +20,7 @@ VERBS = {
     "demo": "leadline.recipes.demo",
     "train": "leadline.recipes.train",
     "plan": "leadline.recipes.plan",
+    "generate": "leadline.recipes.generate",
     "verify": "leadline.recipes.verify",
     "weights": "leadline.recipes.weights",
     "bench": "leadline.recipes.bench",

@@ -24,7 +24,8 @@ from rich.text import Text
 from leadline.cli import INTERRUPTED_STATUS, resolve, show
 from leadline.data.loader import single_pass
 from leadline.data.shards import Shards
-from leadline.engine.generate import Sampling, generate
+from leadline.engine.generate import generate
+from leadline.engine.request import Sampling
 from leadline.model.transformer import Transformer
 from leadline.recipes.nano import nano
 from leadline.text.tokenizer import Tokenizer

@@ -1,0 +1,373 @@
+"""Whatever else is served, however memory runs short, each request gets the answer it would get alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from leadline.engine.engine import Engine, Settings
+from leadline.engine.prefix import WindowPolicy
+from leadline.engine.request import Request, RequestError, Sampling, ThinkingBudget
+from leadline.engine.runner import Piece
+from leadline.engine.sequence import Finish
+from leadline.model.config import TINY
+from leadline.model.transformer import Output, Transformer
+
+from .conftest import Run
+
+GREEDY = Sampling(temperature=0.0)
+POLICIES = [WindowPolicy("full"), WindowPolicy("periodic", 256), WindowPolicy("zero")]
+
+
+def ids(count: int, seed: int = 0) -> tuple[int, ...]:
+    return tuple(random.Random(seed).choices(range(TINY.vocab_size), k=count))
+
+
+def assert_nothing_leaks(engine: Engine) -> None:
+    """Every page is free or in the prefix cache, every slot is free."""
+    memory = engine.memory
+    assert memory.pool.num_free + memory.prefix.num_pages == memory.pool.num_pages
+    assert memory.prefix.evictable() == memory.prefix.num_pages
+    assert memory.num_free_slots == memory.state.slots
+    memory.prefix.evict(memory.pool.num_pages)
+    assert memory.pool.num_free == memory.pool.num_pages
+    assert memory.prefix.num_block_bytes == 0
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 127, 128, 129, 300])
+def test_an_answer_is_that_of_the_model_without_a_state(
+    model: Transformer, drain: Callable[[Engine], Run], naive: Callable[[list[int], int], list[int]], length: int
+) -> None:
+    engine = Engine(model, Settings(slots=2, pages=8, step_tokens=128))
+    number = engine.submit(Request(ids(length), 6, GREEDY))
+    run = drain(engine)
+    assert run.ids(number) == naive(list(ids(length)), 6)
+    assert run.finish[number] is Finish.LENGTH
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> Request:
+    # Few beginnings, so that prompts share prefixes.
+    beginning = ids(draw(st.sampled_from([0, 130, 260])), draw(st.integers(0, 1)))
+    end = ids(draw(st.integers(1, 40)), 10 + draw(st.integers(0, 2)))
+    sampling = draw(st.sampled_from([GREEDY, Sampling(seed=1), Sampling(seed=2, top_p=0.9, presence_penalty=0.5)]))
+    return Request(beginning + end, draw(st.integers(1, 12)), sampling, priority=draw(st.integers(0, 1)))
+
+
+@settings(max_examples=12)
+@given(
+    st.lists(st.tuples(requests(), st.integers(0, 6), st.booleans()), min_size=1, max_size=6),
+    st.integers(4, 9),
+    st.integers(1, 3),
+    st.sampled_from(POLICIES),
+    st.booleans(),
+)
+def test_any_crowd_gets_the_answers_of_each_alone(
+    model: Transformer,
+    alone: Callable[[Request], list[int]],
+    arrivals: list[tuple[Request, int, bool]],
+    pages: int,
+    slots: int,
+    policy: WindowPolicy,
+    speculate: bool,
+) -> None:
+    """Requests arrive while others run, some are cancelled on the way, memory is short."""
+    chosen = Settings(slots=slots, pages=pages, step_tokens=128, policy=policy, speculate=speculate)
+    engine, run = Engine(model, chosen), Run()
+    numbers: list[tuple[int, Request, bool]] = []
+    for request, pause, cancelled in arrivals:
+        numbers.append((engine.submit(request), request, cancelled))
+        for _ in range(pause):
+            run.add(engine.step())
+        if cancelled:
+            engine.cancel(numbers[-1][0])
+    while engine.busy:
+        run.add(engine.step())
+    for number, request, cancelled in numbers:
+        expected = alone(request)
+        assert run.ids(number) == expected[: len(run.ids(number))]
+        if run.finish[number] is not Finish.CANCELLED:
+            assert run.ids(number) == expected
+        assert cancelled or run.finish[number] is not Finish.CANCELLED
+        assert engine.usage(number).output_tokens == len(run.ids(number))
+    assert_nothing_leaks(engine)
+
+
+def test_a_sequence_that_is_pushed_out_goes_on_where_it_was(
+    model: Transformer, drain: Callable[[Engine], Run], alone: Callable[[Request], list[int]]
+) -> None:
+    """Two answers that outgrow the pool together: one waits, and neither repeats nor loses a token."""
+    both = [Request(ids(100, seed), 200, Sampling(seed=seed)) for seed in (1, 2)]
+    engine = Engine(model, Settings(slots=2, pages=4, step_tokens=128, policy=WindowPolicy("zero")))
+    numbers = [engine.submit(request) for request in both]
+    pushed_out = 0
+    run = Run()
+    while engine.busy:
+        run.add(engine.step())
+        pushed_out += bool(engine.waiting and engine.waiting[0].num_output)
+    assert pushed_out
+    assert [run.ids(number) for number in numbers] == [alone(request) for request in both]
+    assert_nothing_leaks(engine)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.kind)
+@pytest.mark.parametrize("length", [129, 256, 257, 700])
+def test_a_known_prefix_is_not_computed_again_and_changes_nothing(
+    model: Transformer, drain: Callable[[Engine], Run], policy: WindowPolicy, length: int
+) -> None:
+    """Logits after a prefix hit, to the accuracy of float64, and the tokens that were saved."""
+    request = Request(ids(length), 3, replace(GREEDY, logprobs=5))
+    engine = Engine(model, Settings(slots=1, pages=16, step_tokens=256, policy=policy))
+    first, second = [], []
+    for tokens in (first, second):
+        number = engine.submit(request)
+        tokens += drain(engine).tokens[number]
+        cached = engine.usage(number).cached_tokens
+    window = 128 * -(-(TINY.num_hidden_layers + 1) * TINY.sliding_window // 128)
+    boundary = (length - 1) // 128 * 128
+    assert cached == max(0, boundary - window if policy.kind == "zero" else boundary)
+    assert [token.id for token in first] == [token.id for token in second]
+    for ours, theirs in zip(first, second, strict=True):
+        assert ours.top is not None
+        assert theirs.top is not None
+        assert [value for _, value in ours.top] == pytest.approx([value for _, value in theirs.top], abs=1e-9)
+
+
+def test_the_next_turn_of_a_conversation_starts_from_the_last_answer(
+    model: Transformer, drain: Callable[[Engine], Run], alone: Callable[[Request], list[int]]
+) -> None:
+    engine = Engine(model, Settings(slots=1, pages=16))
+    number = engine.submit(Request(ids(100), 60, GREEDY))
+    answer = drain(engine).ids(number)
+    following = Request((*ids(100), *answer, *ids(20, 5)), 8, GREEDY)
+    number = engine.submit(following)
+    assert drain(engine).ids(number) == alone(following)
+    assert engine.usage(number).cached_tokens == 128
+
+
+def test_a_prefix_is_not_shared_between_namespaces(model: Transformer, drain: Callable[[Engine], Run]) -> None:
+    engine = Engine(model, Settings(slots=1, pages=16))
+    cached = []
+    for namespace in ("one", "other", "one"):
+        number = engine.submit(Request(ids(200), 1, GREEDY, namespace=namespace))
+        drain(engine)
+        cached.append(engine.usage(number).cached_tokens)
+    assert cached == [0, 0, 128]
+
+
+class Oracle:
+    """Drafts that are right, or wrong, as a seed decides: the logits of the true next token, or of its neighbour."""
+
+    def __init__(self, engine: Engine, answers: dict[int, list[int]], seed: int):
+        self.engine, self.answers, self.random = engine, answers, random.Random(seed)
+
+    def draft(self, output: Output, next_tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
+        guessing = [s for s in self.engine.running if s.pending == 1]
+        logits_NV = torch.zeros(len(rows), TINY.vocab_size)
+        assert len(guessing) == len(rows)
+        for row, sequence in enumerate(guessing):
+            answer = self.answers[sequence.number]
+            right = answer[sequence.num_output] if sequence.num_output < len(answer) else 0
+            wrong = self.random.random() < 0.5
+            logits_NV[row, (right + wrong) % TINY.vocab_size] = 1e9
+        return logits_NV
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_speculation_changes_no_token(
+    model: Transformer,
+    monkeypatch: pytest.MonkeyPatch,
+    drain: Callable[[Engine], Run],
+    alone: Callable[[Request], list[int]],
+    seed: int,
+) -> None:
+    """Greedy and sampled, across window and entry borders, with drafts accepted and rejected at random."""
+    both = [Request(ids(110 + seed, 3), 60, GREEDY), Request(ids(3 + seed, 4), 60, Sampling(seed=seed, top_p=0.95))]
+    engine = Engine(model, Settings(slots=2, pages=16, step_tokens=128, speculate=True))
+    numbers = [engine.submit(request) for request in both]
+    oracle = Oracle(engine, {n: alone(r) for n, r in zip(numbers, both, strict=True)}, seed)
+    monkeypatch.setattr(engine.runner, "draft", oracle.draft)
+    run = drain(engine)
+    assert [run.ids(number) for number in numbers] == [alone(request) for request in both]
+    for number in numbers:
+        usage = engine.usage(number)
+        assert 0 < usage.accepted < usage.drafted
+    assert_nothing_leaks(engine)
+
+
+def test_the_mtp_block_drafts_what_it_drafts_without_a_state(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch, drain: Callable[[Engine], Run]
+) -> None:
+    """The window of the MTP block moves along through chunks, single tokens, and wrong drafts."""
+    engine = Engine(model, Settings(slots=1, pages=8, step_tokens=128, speculate=True))
+    number = engine.submit(Request(ids(150), 30, GREEDY))
+    guesses: dict[int, int] = {}
+    while engine.busy:
+        engine.step()
+        for sequence in engine.running:
+            if sequence.draft is not None:
+                guesses[len(sequence.tokens)] = sequence.draft
+                tokens = sequence.tokens
+    assert len(guesses) > 10
+    for length, guess in guesses.items():
+        from leadline.model.segment import Segment
+
+        with torch.no_grad():
+            output = model(Segment.of(tokens[: length - 1]))
+            hidden_TD, _ = model.predict_second(output, torch.tensor(tokens[1:length]))
+            assert int(model.logits(hidden_TD[-1:]).argmax()) == guess
+    assert engine.usage(number).drafted > 10
+
+
+def test_a_thinking_budget_forces_the_end_of_thinking(model: Transformer, drain: Callable[[Engine], Run]) -> None:
+    end = 9
+    engine = Engine(model, Settings(slots=2, pages=8))
+    banned = Sampling(seed=3, logit_bias={end: -1e9})
+    forced = engine.submit(Request(ids(20), 12, banned, thinking=ThinkingBudget(5, end)))
+    at_once = engine.submit(Request(ids(20), 12, banned, thinking=ThinkingBudget(0, end)))
+    run = drain(engine)
+    assert run.ids(forced).index(end) == 5
+    assert run.ids(forced).count(end) == 1
+    assert run.ids(at_once).index(end) == 0
+    # Who ends by himself is not interrupted again.
+    likely = Sampling(temperature=0.0, logit_bias={end: 1e9})
+    number = engine.submit(Request(ids(20), 4, likely, thinking=ThinkingBudget(2, end)))
+    assert drain(engine).ids(number) == [end] * 4
+
+
+def test_a_grammar_is_asked_at_every_token_and_told_every_token(
+    model: Transformer, drain: Callable[[Engine], Run]
+) -> None:
+    class Ascending:
+        """Only ids above the last one."""
+
+        def __init__(self) -> None:
+            self.last = 0
+
+        def allowed(self) -> Tensor:
+            return torch.arange(TINY.vocab_size) > self.last
+
+        def accept(self, token: int) -> None:
+            assert token > self.last
+            self.last = token
+
+    engine = Engine(model, Settings(slots=1, pages=8, speculate=True))
+    sampling = Sampling(temperature=0.0, logit_bias={id_: -0.5 * id_ for id_ in range(TINY.vocab_size)})
+    number = engine.submit(Request(ids(5), 10, sampling, mask=Ascending()))
+    answer = drain(engine).ids(number)
+    assert len(answer) == 10
+    assert answer == sorted(set(answer))
+
+
+def test_a_stop_id_ends_the_answer_and_is_its_last(
+    model: Transformer, drain: Callable[[Engine], Run], alone: Callable[[Request], list[int]]
+) -> None:
+    whole = alone(Request(ids(9), 20, GREEDY))
+    stop = whole[4]
+    engine = Engine(model, Settings(slots=1, pages=4))
+    number = engine.submit(Request(ids(9), 20, GREEDY, frozenset({stop})))
+    run = drain(engine)
+    assert run.ids(number) == whole[: whole.index(stop) + 1]
+    assert run.finish[number] is Finish.STOP
+
+
+def test_damaged_logits_end_their_own_sequence_only(
+    model: Transformer,
+    monkeypatch: pytest.MonkeyPatch,
+    drain: Callable[[Engine], Run],
+    alone: Callable[[Request], list[int]],
+) -> None:
+    good, bad = Request(ids(30), 8, GREEDY), Request(ids(31, 1), 8, GREEDY)
+    engine = Engine(model, Settings(slots=2, pages=8))
+    numbers = engine.submit(good), engine.submit(bad)
+    run_piece = engine.runner.run
+
+    def damage(pieces: Sequence[Piece]) -> tuple[Output, Tensor]:
+        output, logits_NV = run_piece(pieces)
+        if len(pieces) == 2 and pieces[0].past > 33:
+            logits_NV[1] = torch.nan
+        return output, logits_NV
+
+    monkeypatch.setattr(engine.runner, "run", damage)
+    run = drain(engine)
+    assert run.ids(numbers[0]) == alone(good)
+    assert run.finish[numbers[1]] is Finish.ERROR
+    assert "NaN" in (run.errors[numbers[1]] or "")
+    assert run.ids(numbers[1]) == alone(bad)[: len(run.ids(numbers[1]))]
+    assert_nothing_leaks(engine)
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+def test_running_out_of_memory_in_a_step_loses_no_token(
+    model: Transformer,
+    monkeypatch: pytest.MonkeyPatch,
+    drain: Callable[[Engine], Run],
+    alone: Callable[[Request], list[int]],
+    failures: int,
+) -> None:
+    """The pass breaks off half way through the layers, when some have taken the tokens in and others have not."""
+    all_of_them = [Request(ids(200 + n, n), 10, Sampling(seed=n)) for n in range(3)]
+    engine = Engine(model, Settings(slots=3, pages=16, step_tokens=512))
+    numbers = [engine.submit(request) for request in all_of_them]
+    left, calls = failures, 0
+
+    def fail(*_: object) -> None:
+        nonlocal left, calls
+        calls += 1
+        if left and calls % 3 == 0:
+            left -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore words")
+
+    hook = model.layers[2].register_forward_pre_hook(fail)
+    run = drain(engine)
+    hook.remove()
+    assert left == 0
+    assert [run.ids(number) for number in numbers] == [alone(request) for request in all_of_them]
+    assert engine.step_tokens < 512
+    assert_nothing_leaks(engine)
+
+
+def test_a_request_that_never_fits_in_memory_ends_alone(
+    model: Transformer, drain: Callable[[Engine], Run], alone: Callable[[Request], list[int]]
+) -> None:
+    long, short = Request(ids(500), 5, GREEDY), Request(ids(20, 2), 5, GREEDY)
+    engine = Engine(model, Settings(slots=2, pages=16, step_tokens=128))
+    numbers = engine.submit(long), engine.submit(short)
+
+    def fail(_: object, arguments: tuple[Tensor, ...]) -> None:
+        if len(arguments[0]) > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = model.layers[3].register_forward_pre_hook(fail)
+    run = drain(engine)
+    hook.remove()
+    assert run.finish[numbers[0]] is Finish.ERROR
+    assert "out of memory" in (run.errors[numbers[0]] or "")
+    assert run.ids(numbers[1]) == alone(short)
+
+
+def test_requests_that_can_never_be_served_are_refused(model: Transformer) -> None:
+    engine = Engine(model, Settings(slots=1, pages=2))
+    with pytest.raises(RequestError, match="at most 255 fit"):
+        engine.submit(Request(ids(256), 1))
+    with pytest.raises(RequestError, match="holds token 256"):
+        engine.submit(Request((1, 256), 1))
+    with pytest.raises(RequestError, match="the prompt is empty"):
+        Request((), 1)
+    with pytest.raises(RequestError, match="max_tokens is 0"):
+        Request((1,), 0)
+    assert not engine.busy
+
+
+def test_priority_goes_first(model: Transformer) -> None:
+    engine = Engine(model, Settings(slots=1, pages=8))
+    numbers = [engine.submit(Request(ids(10), 3, GREEDY, priority=priority)) for priority in (1, 2, 0)]
+    ended = [event.sequence for _ in range(20) for event in engine.step() if event.finish]
+    assert ended == [numbers[2], numbers[0], numbers[1]]

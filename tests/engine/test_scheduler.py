@@ -1,0 +1,89 @@
+"""The plan of a step keeps its budgets, always advances somebody, and is fair."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from leadline.engine.pages import pages_for
+from leadline.engine.scheduler import Candidate, may_admit, plan
+
+PAGE = 128
+
+
+def decoding(number: int, seen: int, drafts: int = 0, priority: int = 0, pages: int | None = None) -> Candidate:
+    held = pages_for(seen, PAGE) if pages is None else pages
+    return Candidate(number, (priority, number), seen, 1, drafts, held)
+
+
+def prompt(number: int, seen: int, pending: int, priority: int = 0, cut: int | None = None) -> Candidate:
+    return Candidate(number, (priority, number), seen, pending, 0, pages_for(seen + pending, PAGE), cut)
+
+
+@st.composite
+def candidates(draw: st.DrawFn) -> list[Candidate]:
+    found: list[Candidate] = []
+    for number in range(draw(st.integers(1, 7))):
+        seen, priority = draw(st.integers(1, 600)), draw(st.integers(0, 2))
+        if draw(st.booleans()):
+            found.append(decoding(number, seen, draw(st.integers(0, 1)), priority))
+        else:
+            pending = draw(st.integers(2, 900))
+            cut = draw(st.none() | st.integers(seen + 1, seen + 900))
+            found.append(prompt(number, seen, pending, priority, cut))
+    return found
+
+
+@given(candidates(), st.integers(1, 700), st.integers(0, 3))
+def test_a_plan_keeps_every_budget_and_advances_somebody(found: list[Candidate], room: int, free: int) -> None:
+    chosen = plan(found, step_tokens=room, free_pages=free, page_tokens=PAGE)
+    by_number = {candidate.number: candidate for candidate in found}
+    assert sum(share.tokens + share.drafts for share in chosen.shares) <= room
+    returned = sum(by_number[number].pages for number in chosen.preempted)
+    assert sum(share.new_pages for share in chosen.shares) <= free + returned
+    numbers = [share.number for share in chosen.shares]
+    assert len(set(numbers)) == len(numbers)
+    assert not set(numbers) & set(chosen.preempted)
+    for share in chosen.shares:
+        candidate = by_number[share.number]
+        end = candidate.seen + share.tokens
+        assert 1 <= share.tokens <= candidate.pending
+        assert share.drafts <= candidate.drafts
+        assert candidate.cut is None or end <= candidate.cut
+        assert pages_for(end + share.drafts, PAGE) <= candidate.pages + share.new_pages
+    assert chosen.shares or chosen.preempted
+
+
+@given(candidates(), st.integers(8, 700))
+def test_nobody_is_pushed_out_while_pages_are_free(found: list[Candidate], room: int) -> None:
+    assert plan(found, step_tokens=room, free_pages=len(found), page_tokens=PAGE).preempted == ()
+
+
+def test_who_answers_goes_before_who_reads() -> None:
+    chosen = plan([prompt(0, 0, 5000), decoding(1, 300)], step_tokens=512, free_pages=9, page_tokens=PAGE)
+    shares = {share.number: share.tokens for share in chosen.shares}
+    assert shares[1] == 1
+    assert shares[0] == 384  # the rest of the step, down to the end of a page
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    chosen = plan([prompt(0, 0, 10**6), prompt(1, 0, 200)], step_tokens=512, free_pages=0, page_tokens=PAGE)
+    assert {share.number: share.tokens for share in chosen.shares} == {0: 256, 1: 200}
+
+
+def test_the_last_in_order_gives_way_when_pages_run_out() -> None:
+    found = [decoding(0, 128), decoding(1, 256), decoding(2, 128, priority=-1)]
+    chosen = plan(found, step_tokens=64, free_pages=0, page_tokens=PAGE)
+    assert chosen.preempted == (1,)
+    assert {share.number: share.new_pages for share in chosen.shares} == {2: 1, 0: 1}
+
+
+def test_a_chunk_ends_where_the_state_is_kept() -> None:
+    (share,) = plan([prompt(0, 100, 900, cut=256)], step_tokens=512, free_pages=0, page_tokens=PAGE).shares
+    assert share.tokens == 156
+
+
+def test_a_newcomer_leaves_a_page_for_everybody() -> None:
+    assert may_admit(needed_pages=3, free_pages=3, num_running=0)
+    assert may_admit(needed_pages=3, free_pages=5, num_running=2)
+    assert not may_admit(needed_pages=3, free_pages=4, num_running=2)
