@@ -68,6 +68,8 @@ class Engine:
             settings.slots,
             pages=settings.pages,
             max_tokens=self.max_tokens,
+            spare_tokens=int(settings.speculate),
+            cache_format=model.cache_format,
             dtype=weight.dtype,
             device=weight.device,
         )

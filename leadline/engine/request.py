@@ -32,7 +32,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float], hash=False)
     seed: int = 0
     logprobs: int | None = None
 

@@ -102,7 +102,7 @@ def _tempered(scores_NV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 def _truncate(log_p_NV: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> Tensor:
     """-inf for the tokens that top-k, top-p or min-p leave out. Equal tokens are kept in the order of their ids."""
     samplings = [draws[row].sampling for row in rows]
-    ranked_NV, ids_NV = log_p_NV.sort(-1, descending=True, stable=True)
+    ranked_NV, ids_NV = log_p_NV.sort(dim=-1, descending=True, stable=True)
     p_NV = ranked_NV.exp()
     device, vocabulary = log_p_NV.device, log_p_NV.shape[1]
     top_p_N1 = torch.tensor([[s.top_p] for s in samplings], device=device)

@@ -114,10 +114,10 @@ class ChunkRows:
         return self._layout.in_place and all(pages.in_a_row(slot, end) for slot, end in runs)
 
     def _finished(self, ratio: int) -> list[np.ndarray]:
-        """Numbers of the entries that each sequence finishes in this segment."""
-        return [
-            np.arange(past // ratio, end // ratio) for past, end in zip(self._segment.past, self._ends, strict=True)
-        ]
+        """Numbers of the entries that each sequence finishes in this segment, less those that are in place already."""
+        written = [self._layout.pages.written(slot) if self._layout else 0 for slot in self._segment.slots]
+        runs = zip(self._segment.past, written, self._ends, strict=True)
+        return [np.arange(min(max(past, old), end) // ratio, end // ratio) for past, old, end in runs]
 
     def _oldest_pooled(self, finished: Sequence[np.ndarray], ratio: int, first_slot: int) -> list[int]:
         """Position of the oldest token that the finished entries of each sequence pool, but no later than its past."""

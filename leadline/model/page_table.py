@@ -48,6 +48,7 @@ class PageTable:
         self.slots, self.pages = slots, pages
         self._numbers = np.full((slots, pages_per_slot), -1, dtype=np.int32)
         self._counts = [0] * slots
+        self._written = [0] * slots
         self._in_a_row = [0] * slots  # of a slot's pages, how many at its beginning lie one behind the other
         self._owners = np.zeros(pages, dtype=np.int32)  # slots that list each page
         self.table_NP = torch.full((slots, pages_per_slot), -1, dtype=torch.int32, device=device)
@@ -64,9 +65,10 @@ class PageTable:
     def pages_per_slot(self) -> int:
         return self._numbers.shape[1]
 
-    def assign(self, slot: int, pages: Sequence[int]) -> None:
-        """The pages of a slot from now on, in place of those it had. PageError when one does not exist or is listed
-        twice, or when there are more than a slot can have."""
+    def assign(self, slot: int, pages: Sequence[int], written: int = 0) -> None:
+        """The pages of a slot from now on, in place of those it had. The entries of its first `written` tokens are in
+        them and are not written again, even if these tokens are computed once more. PageError when a page does not
+        exist or is listed twice, or when there are more than a slot can have."""
         self._check_slot(slot)
         numbers = np.asarray(pages, dtype=np.int64)
         if len(numbers) > self.pages_per_slot:
@@ -80,7 +82,7 @@ class PageTable:
         self._owners[numbers] += 1
         self._numbers[slot] = -1
         self._numbers[slot, : len(numbers)] = numbers
-        self._counts[slot] = len(numbers)
+        self._counts[slot], self._written[slot] = len(numbers), written
         breaks = np.flatnonzero(np.diff(numbers) != 1)
         self._in_a_row[slot] = int(breaks[0]) + 1 if len(breaks) else len(numbers)
         self.table_NP[slot] = torch.from_numpy(self._numbers[slot]).to(self.table_NP.device)
@@ -92,6 +94,10 @@ class PageTable:
     def pages_of(self, slot: int) -> list[int]:
         """Page numbers of a slot."""
         return self._pages_of(slot).tolist()
+
+    def written(self, slot: int) -> int:
+        """Tokens whose entries are in place and stay as they are."""
+        return self._written[slot]
 
     def tokens_of(self, slot: int) -> int:
         """Tokens that the pages of a slot cover."""
@@ -105,8 +111,8 @@ class PageTable:
                 f"slot {slot} has pages for {self.tokens_of(slot)} tokens, the segment needs {past + length}: "
                 "assign more pages"
             )
-        written = self._numbers[slot, past // PAGE_TOKENS : num_pages(past + length)]
-        shared = written[self._owners[written] > 1]
+        target = self._numbers[slot, max(past, self._written[slot]) // PAGE_TOKENS : num_pages(past + length)]
+        shared = target[self._owners[target] > 1]
         if len(shared):
             raise PageError(
                 f"slot {slot} would write into page {shared[0]}, which another slot lists too: copy it, and assign the "

@@ -35,7 +35,7 @@ class SegmentIndex:
         ratios = sorted(set(config.layer_ratios) - {0})
         self.lookup: Lookup | None = None
         self._reach: dict[int, Reach] = {}
-        if layout is not None and max(segment.lengths) <= 1 + layout.spare_tokens:
+        if layout is not None and max(segment.lengths) <= 1 + layout.spare_tokens and not _repeats(segment, layout):
             rows = StepRows(segment, config.sliding_window, layout)
             self.lookup = rows.lookup()
         else:
@@ -62,3 +62,9 @@ class SegmentIndex:
     def reach(self, ratio: int) -> Reach:
         """What the queries of a layer of this ratio may see, in a segment that is not a step."""
         return self._reach[ratio]
+
+
+def _repeats(segment: Segment, layout: Layout) -> bool:
+    """Whether it computes tokens again whose entries are in place and must not be written."""
+    places = zip(segment.slots, segment.past, strict=True)
+    return segment.places_known and any(past < layout.pages.written(slot) for slot, past in places)

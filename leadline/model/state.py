@@ -145,9 +145,9 @@ class State:
     def _tails(self, ratio: int, width: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         columns = 2 * width if ratio == CSA_RATIO else width
         shape = self.slots, ring_length(ratio) + self.spare_tokens, columns
-        return torch.zeros(shape, dtype=torch.float32, device=device), torch.zeros(
-            shape, dtype=torch.float32, device=device
-        )
+        precision = torch.promote_types(self.dtype, torch.float32)
+        values = torch.zeros(shape, dtype=precision, device=device)
+        return values, values.clone()
 
     def _keys(self, rows: int, device: torch.device | str) -> Store:
         width, rotary_width = self.config.head_dim, self.config.qk_rope_head_dim
@@ -208,11 +208,12 @@ class State:
             store.grow(self.slots, pages_per_slot * page_entries(ratio))
         self.pages = PageTable.fixed(self.slots, pages_per_slot, self.device)
 
-    def assign(self, slot: int, pages: Sequence[int]) -> None:
+    def assign(self, slot: int, pages: Sequence[int], written: int = 0) -> None:
         """The pages of a slot from now on: the i-th covers its tokens 128 i to 128 i + 127. Full pages may be shared by
-        slots; a page that is written into must be the slot's alone (`copy_page`)."""
+        slots; a page that is written into must be the slot's alone (`copy_page`). written: tokens whose entries are in
+        place already; computing them again leaves these as they are."""
         self._check_owner()
-        self.pages.assign(slot, pages)
+        self.pages.assign(slot, pages, written)
 
     def release(self, slot: int) -> None:
         """Take a slot's pages away and clear its fixed block. What the pages hold stays until they are used again."""

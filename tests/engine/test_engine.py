@@ -104,8 +104,8 @@ def test_a_sequence_that_is_pushed_out_goes_on_where_it_was(
     model: Transformer, drain: Callable[[Engine], Run], alone: Callable[[Request], list[int]]
 ) -> None:
     """Two answers that outgrow the pool together: one waits, and neither repeats nor loses a token."""
-    both = [Request(ids(100, seed), 200, Sampling(seed=seed)) for seed in (1, 2)]
-    engine = Engine(model, Settings(slots=2, pages=4, step_tokens=128, policy=WindowPolicy("zero")))
+    both = [Request(ids(100, seed), 50, Sampling(seed=seed)) for seed in (1, 2)]
+    engine = Engine(model, Settings(slots=2, pages=3, step_tokens=128, policy=WindowPolicy("zero")))
     numbers = [engine.submit(request) for request in both]
     pushed_out = 0
     run = Run()
@@ -189,7 +189,7 @@ def test_speculation_changes_no_token(
     seed: int,
 ) -> None:
     """Greedy and sampled, across window and entry borders, with drafts accepted and rejected at random."""
-    both = [Request(ids(110 + seed, 3), 60, GREEDY), Request(ids(3 + seed, 4), 60, Sampling(seed=seed, top_p=0.95))]
+    both = [Request(ids(110 + seed, 3), 40, GREEDY), Request(ids(3 + seed, 4), 30, Sampling(seed=seed, top_p=0.95))]
     engine = Engine(model, Settings(slots=2, pages=16, step_tokens=128, speculate=True))
     numbers = [engine.submit(request) for request in both]
     oracle = Oracle(engine, {n: alone(r) for n, r in zip(numbers, both, strict=True)}, seed)
@@ -207,7 +207,7 @@ def test_the_mtp_block_drafts_what_it_drafts_without_a_state(
 ) -> None:
     """The window of the MTP block moves along through chunks, single tokens, and wrong drafts."""
     engine = Engine(model, Settings(slots=1, pages=8, step_tokens=128, speculate=True))
-    number = engine.submit(Request(ids(150), 30, GREEDY))
+    number = engine.submit(Request(ids(150), 16, GREEDY))
     guesses: dict[int, int] = {}
     while engine.busy:
         engine.step()
@@ -304,7 +304,7 @@ def test_damaged_logits_end_their_own_sequence_only(
     assert_nothing_leaks(engine)
 
 
-@pytest.mark.parametrize("failures", [1, 3])
+@pytest.mark.parametrize("failures", [1, 2])
 def test_running_out_of_memory_in_a_step_loses_no_token(
     model: Transformer,
     monkeypatch: pytest.MonkeyPatch,
