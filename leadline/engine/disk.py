@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import cast
 
 import lmdb
 import numpy as np
@@ -176,7 +175,7 @@ class DiskCache:
             with change.cursor(db=self._order) as cursor:
                 if not cursor.first():
                     return
-                oldest = cursor.value()
+                oldest = bytes(cursor.value())
             self._drop(change, oldest)
             self.counts.evicted += 1
 
@@ -184,8 +183,8 @@ class DiskCache:
         change.put(_BYTES, struct.pack(">Q", _number(change.get(_BYTES, db=self._meta)) + count), db=self._meta)
 
 
-def _number(value: bytes | None) -> int:
-    return 0 if value is None else cast(int, struct.unpack(">Q", value)[0])
+def _number(value: bytes | memoryview | None) -> int:
+    return 0 if value is None else struct.unpack(">Q", value)[0]
 
 
 def _encoded(tensors: Mapping[str, Tensor]) -> bytes:

@@ -5,7 +5,7 @@
     while engine.busy:
         for event in engine.step(): ...
 
-A step is one forward pass over parts of many sequences: one token of those that answer, chunks of the prompts of those
+A step takes parts of many sequences through the model: one token of those that answer, chunks of the prompts of those
 that begin. Between two steps everything is settled: each sequence's tokens, how many of them its state has taken in,
 and who holds which page; requests come, go and are cancelled there. A pass that fails changes nothing that was said:
 the sequences in it give up their state and compute it again.
@@ -133,14 +133,17 @@ class Engine:
     # -- the loop --------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Event]:
-        """Run one forward pass over whatever is due; returns what it added to whom."""
+        """Run whatever is due through the model; returns what it added to whom."""
         self._admit()
         shares = self._plan()
-        if shares:
-            try:
-                self._run(shares)
-            except torch.OutOfMemoryError as error:
-                self._survive(shares, error)
+        # Tokens that continue look their past up where it lies, chunks of prompts gather theirs: two passes.
+        steps = [pair for pair in shares if self._is_step(*pair)]
+        for part in (steps, [pair for pair in shares if pair not in steps]):
+            if part:
+                try:
+                    self._run(part)
+                except torch.OutOfMemoryError as error:
+                    self._survive(part, error)
         events, self._events = self._events, []
         return events
 
@@ -174,6 +177,10 @@ class Engine:
         return Candidate(
             sequence.number, sequence.order, sequence.seen, sequence.pending, drafts, len(sequence.pages), cut
         )
+
+    def _is_step(self, sequence: Sequence, share: Share) -> bool:
+        one = share.tokens + share.drafts <= 1 + self.memory.state.spare_tokens
+        return one and sequence.seen >= sequence.written
 
     def _run(self, shares: list[tuple[Sequence, Share]]) -> None:
         pieces = [_piece(sequence, share) for sequence, share in shares]

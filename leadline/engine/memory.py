@@ -174,8 +174,8 @@ class Memory:
             self.prefix.keep_block(node, FixedBlock(tensors), passing=False)
 
     def _links_on_disk(self, node: Node, tokens: list[int], disk: DiskCache) -> list[bytes]:
-        """Keys of the pages that follow a node, as far as they are of use: to the last one with a fixed block, or all of
-        them under the zero policy, which needs none."""
+        """Keys of the pages that follow a node, as far as they are of use: to the last one with a fixed block, or all
+        of them under the zero policy, which needs none."""
         links: list[bytes] = []
         useful, link = 0, node.link
         for depth in range(node.depth, (len(tokens) - 1) // PAGE_TOKENS):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -51,10 +52,10 @@ def draw(logits_NV: Tensor, draws: Sequence[Draw]) -> list[Token]:
             scores_NV[row] += gumbel(one.sampling.seed, one.position, scores_NV.shape[1], scores_NV.device)
     ids_N = scores_NV.argmax(-1)
     finite_N = ~logits_NV.isnan().any(-1)
-    ids, finite = torch.stack([ids_N, finite_N.long()]).tolist()
+    drawn, finite = _lists(torch.stack([ids_N, finite_N.long()]))  # one wait for the device
     if not all(finite):
         raise NonFiniteLogitsError([row for row, fine in enumerate(finite) if not fine])
-    ids = [id_ if one.forced is None else one.forced for id_, one in zip(ids, draws, strict=True)]
+    ids = [id_ if one.forced is None else one.forced for id_, one in zip(drawn, draws, strict=True)]
     return _tokens(ids, logits_NV, draws)
 
 
@@ -115,6 +116,10 @@ def _truncate(log_p_NV: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> T
     return log_p_NV.masked_fill(torch.zeros_like(dropped_NV).scatter_(1, ids_NV, dropped_NV), -torch.inf)
 
 
+def _lists(rows: Tensor) -> list[list[int]]:
+    return cast("list[list[int]]", rows.tolist())  # pyright: ignore[reportUnknownMemberType]
+
+
 def _tokens(ids: list[int], logits_NV: Tensor, draws: Sequence[Draw]) -> list[Token]:
     tokens = [Token(id_) for id_ in ids]
     rows = [row for row, one in enumerate(draws) if one.sampling.logprobs is not None]
@@ -125,6 +130,6 @@ def _tokens(ids: list[int], logits_NV: Tensor, draws: Sequence[Draw]) -> list[To
     values, indices = log_p_NV.topk(most, dim=-1) if most else (log_p_NV[:, :0], log_p_NV[:, :0].long())
     for at, row in enumerate(rows):
         count = draws[row].sampling.logprobs or 0
-        top = tuple(zip(indices[at, :count].tolist(), values[at, :count].tolist(), strict=True))
+        top = tuple((int(indices[at, place]), float(values[at, place])) for place in range(count))
         tokens[row] = Token(ids[row], float(log_p_NV[at, ids[row]]), top)
     return tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from leadline.engine.disk import DiskCache
 from leadline.engine.engine import Engine, Settings
 from leadline.engine.prefix import WindowPolicy
 from leadline.engine.request import Request, RequestError, Sampling, ThinkingBudget
@@ -152,6 +154,50 @@ def test_the_next_turn_of_a_conversation_starts_from_the_last_answer(
     assert engine.usage(number).cached_tokens == 128
 
 
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.kind)
+def test_a_prefix_outlives_the_engine_on_disk(
+    model: Transformer, drain: Callable[[Engine], Run], tmp_path: Path, policy: WindowPolicy
+) -> None:
+    """A new engine begins where the old one was, for the same logits; nothing comes from another model's records."""
+    request = Request(ids(700), 3, replace(GREEDY, logprobs=5))
+    answers, cached = [], []
+    for fingerprint in ("one", "one", "other"):
+        lines: list[str] = []
+        disk = DiskCache(tmp_path, fingerprint, 10**9, lines.append)
+        engine = Engine(model, Settings(slots=1, pages=16, step_tokens=256, policy=policy), disk)
+        number = engine.submit(request)
+        answers.append(drain(engine).tokens[number])
+        cached.append(engine.usage(number).cached_tokens)
+        assert_nothing_leaks(engine)
+        disk.close()
+        assert not lines
+    assert cached == [0, 512 if policy.kind == "zero" else 640, 0]
+    for answer in answers[1:]:
+        assert [token.id for token in answer] == [token.id for token in answers[0]]
+        for ours, theirs in zip(answer, answers[0], strict=True):
+            assert [value for _, value in ours.top or ()] == pytest.approx(
+                [value for _, value in theirs.top or ()], abs=1e-9
+            )
+
+
+def test_a_damaged_record_on_disk_costs_time_and_nothing_else(
+    model: Transformer, drain: Callable[[Engine], Run], alone: Callable[[Request], list[int]], tmp_path: Path
+) -> None:
+    request, lines = Request(ids(700), 3, GREEDY), []
+    for damage in (True, False):
+        disk = DiskCache(tmp_path, "", 10**9, lines.append)
+        engine = Engine(model, Settings(slots=1, pages=16), disk)
+        number = engine.submit(request)
+        assert drain(engine).ids(number) == alone(request)
+        if damage:
+            third = engine.memory.prefix.path(request.prompt, "")[3]
+            with disk._env.begin(write=True, db=disk._records) as change:  # pyright: ignore[reportPrivateUsage]
+                change.put(b"p" + third.link, b"nonsense")
+        disk.close()
+    assert len(lines) == 1
+    assert engine.usage(number).cached_tokens == 0
+
+
 def test_a_prefix_is_not_shared_between_namespaces(model: Transformer, drain: Callable[[Engine], Run]) -> None:
     engine = Engine(model, Settings(slots=1, pages=16))
     cached = []
@@ -209,6 +255,7 @@ def test_the_mtp_block_drafts_what_it_drafts_without_a_state(
     engine = Engine(model, Settings(slots=1, pages=8, step_tokens=128, speculate=True))
     number = engine.submit(Request(ids(150), 16, GREEDY))
     guesses: dict[int, int] = {}
+    tokens: list[int] = []
     while engine.busy:
         engine.step()
         for sequence in engine.running:
