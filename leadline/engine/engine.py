@@ -65,7 +65,7 @@ class Engine:
         self.max_tokens = min(settings.max_tokens or most, most)
         state = State(
             config,
-            settings.slots,
+            settings.slots + 1,  # one for the padding of captured steps
             pages=settings.pages,
             max_tokens=self.max_tokens,
             spare_tokens=int(settings.speculate),
@@ -73,8 +73,8 @@ class Engine:
             dtype=weight.dtype,
             device=weight.device,
         )
-        self.runner = Runner(model, state)
-        self.memory = Memory(state, settings.policy, settings.block_bytes, disk)
+        self.runner = Runner(model, state, padding_slot=settings.slots)
+        self.memory = Memory(state, settings.slots, settings.policy, settings.block_bytes, disk)
         self.step_tokens = settings.step_tokens
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -136,14 +136,15 @@ class Engine:
         """Run whatever is due through the model; returns what it added to whom."""
         self._admit()
         shares = self._plan()
-        # Tokens that continue look their past up where it lies, chunks of prompts gather theirs: two passes.
-        steps = [pair for pair in shares if self._is_step(*pair)]
-        for part in (steps, [pair for pair in shares if pair not in steps]):
-            if part:
-                try:
-                    self._run(part)
-                except torch.OutOfMemoryError as error:
-                    self._survive(part, error)
+        # Tokens that continue look their past up where it lies, chunks of prompts gather theirs: passes of their own.
+        passes: dict[int, list[tuple[Sequence, Share]]] = {}
+        for sequence, share in shares:
+            passes.setdefault(self._step_length(sequence, share), []).append((sequence, share))
+        for length, part in passes.items():
+            try:
+                self._run(part, step=length > 0)
+            except torch.OutOfMemoryError as error:
+                self._survive(part, error)
         events, self._events = self._events, []
         return events
 
@@ -178,13 +179,15 @@ class Engine:
             sequence.number, sequence.order, sequence.seen, sequence.pending, drafts, len(sequence.pages), cut
         )
 
-    def _is_step(self, sequence: Sequence, share: Share) -> bool:
-        one = share.tokens + share.drafts <= 1 + self.memory.state.spare_tokens
-        return one and sequence.seen >= sequence.written
+    def _step_length(self, sequence: Sequence, share: Share) -> int:
+        """Tokens and drafts of a decoding step, 0 for a chunk."""
+        length = share.tokens + share.drafts
+        is_step = length <= 1 + self.memory.state.spare_tokens and sequence.seen >= sequence.written
+        return length if is_step else 0
 
-    def _run(self, shares: list[tuple[Sequence, Share]]) -> None:
+    def _run(self, shares: list[tuple[Sequence, Share]], step: bool) -> None:
         pieces = [_piece(sequence, share) for sequence, share in shares]
-        output, logits_NV = self.runner.run(pieces)
+        output, logits_NV = self.runner.run(pieces, step)
         sampling = [(s, share) for (s, share), piece in zip(shares, pieces, strict=True) if piece.wanted]
         drawn = self._draw(sampling, logits_NV)
         fed = {sequence.number: _fed(sequence, share) for sequence, share in shares}

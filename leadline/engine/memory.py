@@ -19,7 +19,7 @@ class Memory:
     """The state of everything that is served. A sequence that runs owns one slot, holds its pages together with the
     prefix cache, and owns the page that it is writing alone."""
 
-    def __init__(self, state: State, policy: WindowPolicy, block_bytes: int, disk: DiskCache | None):
+    def __init__(self, state: State, slots: int, policy: WindowPolicy, block_bytes: int, disk: DiskCache | None):
         self.state, self.policy, self.disk = state, policy, disk
         self.pool = PagePool(state.pages.pages)
         layers = len(state.layers) + len(state.mtp)
@@ -32,7 +32,7 @@ class Memory:
             block_bytes=block_bytes,
             fingerprint=disk.fingerprint if disk else "",
         )
-        self._free_slots = list(range(state.slots - 1, -1, -1))
+        self._free_slots = list(range(slots - 1, -1, -1))
 
     @property
     def num_free_slots(self) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from leadline.engine.graph import StepGraphs
 from leadline.model.segment import Segment
 from leadline.model.state import State
 from leadline.model.transformer import Output, Transformer
@@ -25,15 +26,21 @@ class Piece:
 
 
 class Runner:
-    """A model and the state of everything it serves."""
+    """A model and the state of everything it serves. padding_slot: a slot of nobody, for captured steps."""
 
-    def __init__(self, model: Transformer, state: State):
+    def __init__(self, model: Transformer, state: State, padding_slot: int):
         self.model, self.state = model, state
         self.device = model.embed.weight.device
+        self._graphs = StepGraphs(model, state, padding_slot) if self.device.type == "cuda" else None
 
     @torch.no_grad()
-    def run(self, pieces: ListOf[Piece]) -> tuple[Output, Tensor]:
-        """One forward pass: its output, and FP32 logits [wanted rows of all pieces, V]."""
+    def run(self, pieces: ListOf[Piece], step: bool = False) -> tuple[Output, Tensor]:
+        """One forward pass: its output, and FP32 logits [wanted rows of all pieces, V]. step: the pieces are equally
+        long and no longer than what the state's spare tokens allow; then it is a captured one where there are such."""
+        if step and self._graphs is not None:
+            tokens, past, slots = zip(*((piece.tokens, piece.past, piece.slot) for piece in pieces), strict=True)
+            output, logits_TV = self._graphs.run(tokens, past, slots)
+            return output, logits_TV[self._rows(_wanted_rows(pieces))]
         segment = Segment.of(
             *(piece.tokens for piece in pieces),
             past=[piece.past for piece in pieces],
@@ -41,24 +48,26 @@ class Runner:
             device=self.device,
         )
         output = self.model(segment, self.state)
-        rows = [
-            start + row
-            for start, piece in zip(segment.starts, pieces, strict=True)
-            for row in range(len(piece.tokens) - piece.wanted, len(piece.tokens))
-        ]
-        return output, self._logits(output.streams_TSD[self._rows(rows)])
-
-    @torch.no_grad()
-    def _logits(self, streams_NSD: Tensor) -> Tensor:
-        return self.model.logits(self.model.hidden(streams_NSD))
+        streams_NSD = output.streams_TSD[self._rows(_wanted_rows(pieces))]
+        return output, self.model.logits(self.model.hidden(streams_NSD))
 
     @torch.no_grad()
     def draft(self, output: Output, next_tokens: ListOf[int], rows: ListOf[int]) -> Tensor:
         """Logits [rows, V] of the token after the next, from the MTP block; `next_tokens` has one id for each row of
         the step. It takes in every row, so that its window moves along with the trunk's."""
-        next_T = torch.tensor(next_tokens, dtype=torch.int64).to(self.device)
+        padding = output.index.segment.num_tokens - len(next_tokens)
+        next_T = self._rows([*next_tokens, *[0] * padding])
         hidden_TD, _ = self.model.predict_second(output, next_T, self.state)
         return self.model.logits(hidden_TD[self._rows(rows)])
 
     def _rows(self, rows: ListOf[int]) -> Tensor:
         return torch.tensor(rows, dtype=torch.int64).to(self.device)
+
+
+def _wanted_rows(pieces: ListOf[Piece]) -> list[int]:
+    rows: list[int] = []
+    end = 0
+    for piece in pieces:
+        end += len(piece.tokens)
+        rows += range(end - piece.wanted, end)
+    return rows

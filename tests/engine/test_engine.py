@@ -19,6 +19,7 @@ from leadline.engine.prefix import WindowPolicy
 from leadline.engine.request import Request, RequestError, Sampling, ThinkingBudget
 from leadline.engine.runner import Piece
 from leadline.engine.sequence import Finish
+from leadline.engine.sequence import Sequence as Life
 from leadline.model.config import TINY
 from leadline.model.transformer import Output, Transformer
 
@@ -37,7 +38,7 @@ def assert_nothing_leaks(engine: Engine) -> None:
     memory = engine.memory
     assert memory.pool.num_free + memory.prefix.num_pages == memory.pool.num_pages
     assert memory.prefix.evictable() == memory.prefix.num_pages
-    assert memory.num_free_slots == memory.state.slots
+    assert memory.num_free_slots == engine.settings.slots
     memory.prefix.evict(memory.pool.num_pages)
     assert memory.pool.num_free == memory.pool.num_pages
     assert memory.prefix.num_block_bytes == 0
@@ -209,21 +210,17 @@ def test_a_prefix_is_not_shared_between_namespaces(model: Transformer, drain: Ca
 
 
 class Oracle:
-    """Drafts that are right, or wrong, as a seed decides: the logits of the true next token, or of its neighbour."""
+    """Stands in for the drafting: drafts that are right, or wrong, as a seed decides."""
 
-    def __init__(self, engine: Engine, answers: dict[int, list[int]], seed: int):
-        self.engine, self.answers, self.random = engine, answers, random.Random(seed)
+    def __init__(self, answers: dict[int, list[int]], seed: int):
+        self.answers, self.random = answers, random.Random(seed)
 
-    def draft(self, output: Output, next_tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
-        guessing = [s for s in self.engine.running if s.pending == 1]
-        logits_NV = torch.zeros(len(rows), TINY.vocab_size)
-        assert len(guessing) == len(rows)
-        for row, sequence in enumerate(guessing):
-            answer = self.answers[sequence.number]
-            right = answer[sequence.num_output] if sequence.num_output < len(answer) else 0
-            wrong = self.random.random() < 0.5
-            logits_NV[row, (right + wrong) % TINY.vocab_size] = 1e9
-        return logits_NV
+    def draft(self, output: object, shares: list[tuple[Life, object]], fed: object, drawn: dict[int, object]) -> None:
+        for sequence, _ in shares:
+            if sequence.number in drawn and sequence.slot is not None:
+                answer = self.answers[sequence.number]
+                wrong = self.random.random() < 0.5
+                sequence.draft = (answer[sequence.num_output] + wrong) % TINY.vocab_size
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -238,8 +235,8 @@ def test_speculation_changes_no_token(
     both = [Request(ids(110 + seed, 3), 40, GREEDY), Request(ids(3 + seed, 4), 30, Sampling(seed=seed, top_p=0.95))]
     engine = Engine(model, Settings(slots=2, pages=16, step_tokens=128, speculate=True))
     numbers = [engine.submit(request) for request in both]
-    oracle = Oracle(engine, {n: alone(r) for n, r in zip(numbers, both, strict=True)}, seed)
-    monkeypatch.setattr(engine.runner, "draft", oracle.draft)
+    oracle = Oracle({n: alone(r) for n, r in zip(numbers, both, strict=True)}, seed)
+    monkeypatch.setattr(engine, "_draft", oracle.draft)
     run = drain(engine)
     assert [run.ids(number) for number in numbers] == [alone(request) for request in both]
     for number in numbers:
@@ -336,8 +333,8 @@ def test_damaged_logits_end_their_own_sequence_only(
     numbers = engine.submit(good), engine.submit(bad)
     run_piece = engine.runner.run
 
-    def damage(pieces: Sequence[Piece]) -> tuple[Output, Tensor]:
-        output, logits_NV = run_piece(pieces)
+    def damage(pieces: Sequence[Piece], step: bool) -> tuple[Output, Tensor]:
+        output, logits_NV = run_piece(pieces, step)
         if len(pieces) == 2 and pieces[0].past > 33:
             logits_NV[1] = torch.nan
         return output, logits_NV
