@@ -3,8 +3,10 @@ summation, ties are frequent, and the picks must be equal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,14 +170,80 @@ def test_compiled_by_torch(look_back: Callable[..., Any]) -> None:
     assert q.grad is not None
 
 
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernel for Hopper runs instead of the other one, by the stand-in for an interpreter of Gluon."""
+    from leadline.ops.lightning_indexer import hopper, kernel
+
+    spec = importlib.util.spec_from_file_location("gluon_interpreter", Path(__file__).with_name("gluon_interpreter.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    gluon = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gluon)
+    kernels = gluon.Kernels(Path(hopper.__file__))
+    maximum = kernels.names["gl"].maximum
+    kernels.names["gl"].maximum = lambda a, b, propagate_nan=None: maximum(a, b)  # torch's keeps NaN
+    launches = []
+
+    class Launcher:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*arguments: Any, num_warps: int, **constants: Any) -> None:
+                launches.append(grid)
+                kernels.run("index_scores_hopper_kernel", grid, *arguments, **constants)
+
+            return launch
+
+    monkeypatch.setattr(hopper, "index_scores_hopper_kernel", Launcher())
+    monkeypatch.setattr(kernel, "for_hopper", lambda q, together: True)
+    yield
+    assert launches
+
+
+@pytest.mark.interpret
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("heads", [64, 20, 100])
+@pytest.mark.parametrize(
+    ("lengths", "past", "ratio"),
+    [([1], [600], 1), ([9], [1100], 2), ([3, 6, 1, 2], [700, 5, 0, 300], 1)],
+    ids=["one token", "several steps", "tiles of several sequences"],
+)
+def test_hopper_interpreted(
+    look_back: Callable[..., Any], lengths: list[int], past: list[int], ratio: int, heads: int
+) -> None:
+    case = look_back(lengths, past, 4, ratio, 1, 1)
+    check(case, whole_numbers(case, heads, 128), 5)
+
+
+@pytest.mark.interpret
+@pytest.mark.usefixtures("hopper")
+def test_hopper_entries_in_several_parts(look_back: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from leadline.ops.lightning_indexer import kernel
+
+    monkeypatch.setattr(kernel, "part_of", lambda length, tiles, device: 256)
+    case = look_back([6], [700], 4, 1, 1, 1)
+    operands = whole_numbers(case, 64, 128)
+    operands[2][:1] = float("nan")  # before the first entry of the sequence
+    check(case, operands, 4)
+
+
 def on_gpu(case: Any) -> Any:
     tensors = {name: x.cuda() for name, x in vars(case.reach).items() if isinstance(x, Tensor)}
     return replace(case, reach=replace(case.reach, **tensors), sees_key_TX=case.sees_key_TX.cuda())
 
 
+@pytest.fixture(params=["hopper", "any GPU"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel for Hopper where it runs at all, and the other one."""
+    from leadline.ops.lightning_indexer import kernel
+
+    if request.param == "any GPU":
+        monkeypatch.setattr(kernel, "for_hopper", lambda q, together: False)
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize(("heads", "width"), [(64, 128), (5, 64), (100, 128), (8, 96)])
+@pytest.mark.parametrize(("heads", "width"), [(64, 128), (20, 128), (100, 128), (5, 64), (8, 96)])
 def test_on_gpu(look_back: Callable[..., Any], heads: int, width: int, dtype: torch.dtype) -> None:
     for lengths, past, ratio in (
         ([1], [7000], 1), ([127], [0], 1), ([61, 1, 130, 2, 900], [5, 300, 0, 777, 0], 2), ([1] * 5, [3000] * 5, 4)
@@ -185,6 +253,7 @@ def test_on_gpu(look_back: Callable[..., Any], heads: int, width: int, dtype: to
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("either")
 def test_4001_tokens_on_gpu(look_back: Callable[..., Any]) -> None:
     case = on_gpu(look_back([4001], [0], 1, 1, 1))
     check(case, whole_numbers(case, 64, 128, 8, torch.bfloat16), 512)

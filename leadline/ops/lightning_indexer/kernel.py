@@ -176,9 +176,17 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def part_of(length: int, tiles: int, device: torch.device) -> int:
-    """Columns of one program: 2,048, or fewer where that would leave multiprocessors without one."""
+    """Columns of one program: 4,096, or fewer where that would leave multiprocessors without one."""
     wanted = triton.cdiv(2 * multiprocessors(device), tiles)
-    return min(2048, max(256, triton.cdiv(triton.cdiv(length, wanted), 64) * 64))
+    return min(4096, max(256, triton.cdiv(triton.cdiv(length, wanted), 64) * 64))
+
+
+def for_hopper(q_TJI: Tensor, together: int) -> bool:
+    """Whether the kernel of `hopper.py` scores: 16-bit vectors of its width, enough heads and enough queries that see
+    the same entries, and a GPU of that generation."""
+    _, num_heads, width = q_TJI.shape
+    suits = q_TJI.dtype in (torch.bfloat16, torch.float16) and width == 128 and 16 < num_heads <= 128 and together >= 4
+    return suits and q_TJI.is_cuda and torch.cuda.get_device_capability(q_TJI.device) == (9, 0)
 
 
 class Reached(NamedTuple):
@@ -212,15 +220,28 @@ def head_sums(
     All tensors are contiguous.
     """
     num_queries, length = sums_tX.shape
+    _, num_heads, width = q_TJI.shape
+    if picked_TX is None and not attention and for_hopper(q_TJI, reached.together):
+        from leadline.ops.lightning_indexer import hopper
+
+        heads = max(32, triton.next_power_of_2(num_heads))
+        tiles = triton.cdiv(num_queries, 2 * hopper.COLUMNS // heads)
+        part = part_of(length, tiles, q_TJI.device)
+        hopper.index_scores_hopper_kernel[(tiles * triton.cdiv(length, part),)](
+            q_TJI, factor_TJ, keys_CI, reached.first_entry_T, reached.visible_T, sums_tX,
+            start, start + num_queries, num_heads, length, enough, part,
+            I=width, HEADS=heads, num_warps=hopper.NUM_WARPS,
+        )  # fmt: skip
+        return
     blocks = _blocks(q_TJI, 1 if picked_TX is not None else max(1, reached.together))
     tiles = triton.cdiv(num_queries, blocks.queries)
     part = part_of(length, tiles, q_TJI.device)
     head_sums_kernel[(tiles * triton.cdiv(length, part),)](
         q_TJI, factor_TJ, keys_CI, picked_TX, reached.first_entry_T, reached.visible_T, sums_tX,
-        start, start + num_queries, q_TJI.shape[1], length, enough, part, q_TJI.shape[2] ** -0.5 * LOG2_E,
-        I=q_TJI.shape[2], PICKED=picked_TX is not None, ATTENTION=attention,
+        start, start + num_queries, num_heads, length, enough, part, width**-0.5 * LOG2_E,
+        I=width, PICKED=picked_TX is not None, ATTENTION=attention,
         QUERIES=blocks.queries, HEADS=blocks.heads, BLOCKS=blocks.blocks, KEYS=blocks.keys,
-        WIDTH=max(16, triton.next_power_of_2(q_TJI.shape[2])), num_warps=4, num_stages=blocks.stages,
+        WIDTH=max(16, triton.next_power_of_2(width)), num_warps=4, num_stages=blocks.stages,
     )  # fmt: skip
 
 
