@@ -136,7 +136,7 @@ def test_rows_that_nobody_sees_may_hold_anything(look_back: Callable[..., Any], 
 @pytest.mark.usefixtures("loops_to_scalars")
 @MODES
 def test_wild_scores_do_not_overflow(look_back: Callable[..., Any], picked: bool) -> None:
-    """Index scores of thousands: the guess is all but certain of one entry, and the loss is as large as their spread."""
+    """Index scores of thousands: the guess is all but certain of one entry, and the loss as large as their spread."""
     case = look_back([20, 2], [0, 9], 4, 2, 3)
     inputs = operands(case, (3, 5, 2, 12))
     inputs[1] *= 1e4
@@ -221,6 +221,7 @@ def test_4001_tokens_on_gpu(look_back: Callable[..., Any], picked: bool) -> None
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @MODES
 def test_two_runs_agree_bitwise_and_wait_for_nobody(look_back: Callable[..., Any], picked: bool) -> None:
     case = on_gpu(look_back([700, 1, 90], [0, 300, 40], 128, 4, 64))

@@ -1,12 +1,10 @@
-"""The indexer's kernels against the reference. Operands are small whole numbers, so that scores are exact in any order of
-summation, ties are frequent, and the picks must be equal."""
+"""The indexer's kernels against the reference. Operands are small whole numbers, so that scores are exact in any order
+of summation, ties are frequent, and the picks must be equal."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,7 +36,7 @@ OPERANDS = tuple[Tensor, Tensor, Tensor]
 def whole_numbers(case: Any, heads: int, width: int, most: int = 4, dtype: torch.dtype = torch.float32) -> OPERANDS:
     device = case.sees_key_TX.device
     shapes = [(case.queries, heads, width), (case.queries, heads), (case.entries, width)]
-    q, weight, keys = (torch.randint(-most, most + 1, shape, device=device) for shape in shapes)
+    q, weight, keys = (torch.randint(-most, most + 1, shape).to(device) for shape in shapes)
     return q.to(dtype), weight.float(), keys.to(dtype)
 
 
@@ -64,7 +62,7 @@ def test_interpreted(look_back: Callable[..., Any], name: str) -> None:
 
 @pytest.mark.interpret
 @pytest.mark.usefixtures("loops_to_scalars")
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(st.data())
 def test_any_segment(look_back: Callable[..., Any], data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=5))
@@ -131,18 +129,21 @@ def test_what_nobody_sees_may_be_nan(look_back: Callable[..., Any]) -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("operand", range(3))
 def test_a_nan_stays_in_its_row(look_back: Callable[..., Any], operand: int) -> None:
-    """The picks of other queries do not move, those of its own remain entries that it sees; a ReLU hides nothing."""
+    """Where there is a choice, an entry whose score is NaN is not picked: a ReLU does not make a zero of it. The picks
+    of other queries do not move."""
     case = look_back([40], [0], 4, 4, 1)
     operands = whole_numbers(case, 3, 4)
     expected = kernel_picks(operands, case.reach, 3)
-    operands[operand][9] = float("nan")
+    query = 39 if operand == 2 else 19
+    operands[operand][9 if operand == 2 else 19] = float("nan")  # the last query alone sees entry 9
     found = kernel_picks(operands, case.reach, 3)
-    assert (found < case.reach.visible_T[:, None]).all()
-    if operand < 2:
-        rest = torch.arange(40) != 9
-        assert torch.equal(found[rest], expected[rest])
+    if operand == 2:
+        assert 9 not in found[query].tolist()
+        assert (found[query] >= 0).all()
     else:
-        assert found[39].tolist().count(9) == 1
+        assert (found[query] == -1).all()
+    rest = torch.arange(40) != query
+    assert torch.equal(found[rest], expected[rest])
 
 
 @pytest.mark.interpret
@@ -170,78 +171,12 @@ def test_compiled_by_torch(look_back: Callable[..., Any]) -> None:
     assert q.grad is not None
 
 
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernel for Hopper runs instead of the other one, by the stand-in for an interpreter of Gluon."""
-    from leadline.ops.lightning_indexer import hopper, kernel
-
-    spec = importlib.util.spec_from_file_location("gluon_interpreter", Path(__file__).with_name("gluon_interpreter.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    gluon = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(gluon)
-    kernels = gluon.Kernels(Path(hopper.__file__))
-    maximum = kernels.names["gl"].maximum
-    kernels.names["gl"].maximum = lambda a, b, propagate_nan=None: maximum(a, b)  # torch's keeps NaN
-    launches = []
-
-    class Launcher:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            def launch(*arguments: Any, num_warps: int, **constants: Any) -> None:
-                launches.append(grid)
-                kernels.run("index_scores_hopper_kernel", grid, *arguments, **constants)
-
-            return launch
-
-    monkeypatch.setattr(hopper, "index_scores_hopper_kernel", Launcher())
-    monkeypatch.setattr(kernel, "for_hopper", lambda q, together: True)
-    yield
-    assert launches
-
-
-@pytest.mark.interpret
-@pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize("heads", [64, 20, 100])
-@pytest.mark.parametrize(
-    ("lengths", "past", "ratio"),
-    [([1], [600], 1), ([9], [1100], 2), ([3, 6, 1, 2], [700, 5, 0, 300], 1)],
-    ids=["one token", "several steps", "tiles of several sequences"],
-)
-def test_hopper_interpreted(
-    look_back: Callable[..., Any], lengths: list[int], past: list[int], ratio: int, heads: int
-) -> None:
-    case = look_back(lengths, past, 4, ratio, 1, 1)
-    check(case, whole_numbers(case, heads, 128), 5)
-
-
-@pytest.mark.interpret
-@pytest.mark.usefixtures("hopper")
-def test_hopper_entries_in_several_parts(look_back: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from leadline.ops.lightning_indexer import kernel
-
-    monkeypatch.setattr(kernel, "part_of", lambda length, tiles, device: 256)
-    case = look_back([6], [700], 4, 1, 1, 1)
-    operands = whole_numbers(case, 64, 128)
-    operands[2][:1] = float("nan")  # before the first entry of the sequence
-    check(case, operands, 4)
-
-
 def on_gpu(case: Any) -> Any:
     tensors = {name: x.cuda() for name, x in vars(case.reach).items() if isinstance(x, Tensor)}
     return replace(case, reach=replace(case.reach, **tensors), sees_key_TX=case.sees_key_TX.cuda())
 
 
-@pytest.fixture(params=["hopper", "any GPU"])
-def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel for Hopper where it runs at all, and the other one."""
-    from leadline.ops.lightning_indexer import kernel
-
-    if request.param == "any GPU":
-        monkeypatch.setattr(kernel, "for_hopper", lambda q, together: False)
-
-
 @pytest.mark.gpu
-@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize(("heads", "width"), [(64, 128), (20, 128), (100, 128), (5, 64), (8, 96)])
 def test_on_gpu(look_back: Callable[..., Any], heads: int, width: int, dtype: torch.dtype) -> None:
@@ -253,7 +188,6 @@ def test_on_gpu(look_back: Callable[..., Any], heads: int, width: int, dtype: to
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("either")
 def test_4001_tokens_on_gpu(look_back: Callable[..., Any]) -> None:
     case = on_gpu(look_back([4001], [0], 1, 1, 1))
     check(case, whole_numbers(case, 64, 128, 8, torch.bfloat16), 512)
@@ -261,7 +195,7 @@ def test_4001_tokens_on_gpu(look_back: Callable[..., Any]) -> None:
 
 @pytest.mark.gpu
 def test_rounded_scores_lose_almost_nothing(look_back: Callable[..., Any]) -> None:
-    """Real numbers: whatever the order of the sums, the scores of the picks are the largest ones up to FP32 rounding."""
+    """Real numbers: whatever the order of the sums, the picks have the largest scores up to FP32 rounding."""
     case = on_gpu(look_back([900], [3000], 1, 1, 1))
     q, weight, keys = torch.randn(900, 64, 128), torch.randn(900, 64), torch.randn(case.entries, 128)
     operands = q.cuda().bfloat16(), weight.cuda(), keys.cuda().bfloat16()
@@ -270,7 +204,9 @@ def test_rounded_scores_lose_almost_nothing(look_back: Callable[..., Any]) -> No
     found = kernel_picks(operands, case.reach, 512)
     assert (found.diff(dim=1) > 0).all()
     best = scores.topk(512).values
-    assert float((best - scores.gather(1, found).sort(1, descending=True).values).abs().max()) < 1e-4 * float(best.max())
+    assert float((best - scores.gather(1, found).sort(1, descending=True).values).abs().max()) < 1e-4 * float(
+        best.max()
+    )
 
 
 def long_sequence(tokens: int, entries: int, device: str = "cuda") -> tuple[OPERANDS, Reach]:
@@ -292,6 +228,7 @@ def test_the_workspace_is_bounded(tokens: int, entries: int, k: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("tokens", [1, 700])
 def test_captured_in_a_graph_and_waits_for_nobody(tokens: int) -> None:
     operands, reach = long_sequence(tokens, 5000)

@@ -89,19 +89,19 @@ def indexer_loss_rows_kernel(
 
 
 @triton.jit
-def _keys(keys_CI, number_X, real_X, I: tl.constexpr, WIDTH: tl.constexpr):
+def _keys(keys_CI, number_X, real_X, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     """Keys of some entries, [X, I]; zero where a column is not real."""
-    column = tl.arange(0, WIDTH)
-    real_XI = real_X[:, None] & (column < I)[None, :]
-    return tl.load(keys_CI + number_X[:, None] * I + column[None, :], mask=real_XI, other=0.0)
+    column = tl.arange(0, PADDED)
+    real_XI = real_X[:, None] & (column < WIDTH)[None, :]
+    return tl.load(keys_CI + number_X[:, None] * WIDTH + column[None, :], mask=real_XI, other=0.0)
 
 
 @triton.jit
-def _heads(q_TJI, weight_TJ, t, block, J, I: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr):
+def _heads(q_TJI, weight_TJ, t, block, J, WIDTH: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr):
     """q [heads, I] and weights of a block of heads of query t; and where they stand in [T, J]."""
-    head_J, column = block * HEADS + tl.arange(0, HEADS), tl.arange(0, WIDTH)
-    real = (head_J < J)[:, None] & (column < I)[None, :]
-    q_JI = tl.load(q_TJI + (t * J + head_J)[:, None] * I + column[None, :], mask=real, other=0.0)
+    head_J, column = block * HEADS + tl.arange(0, HEADS), tl.arange(0, PADDED)
+    real = (head_J < J)[:, None] & (column < WIDTH)[None, :]
+    q_JI = tl.load(q_TJI + (t * J + head_J)[:, None] * WIDTH + column[None, :], mask=real, other=0.0)
     return q_JI, tl.load(weight_TJ + t * J + head_J, mask=head_J < J, other=0.0).to(tl.float32), t * J + head_J, real
 
 
@@ -109,29 +109,29 @@ def _heads(q_TJI, weight_TJ, t, block, J, I: tl.constexpr, HEADS: tl.constexpr, 
 def indexer_loss_bwd_queries_kernel(
     q_TJI, weight_TJ, keys_CI, picked_TX, first_entry_T, visible_T, dkl_T, gradients_tX,
     dq_TJI, dweight_TJ, start, J, X,
-    I: tl.constexpr, PICKED: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, PICKED: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """dq and dweight of a block of heads of one query."""
     blocks = tl.cdiv(J, HEADS)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     t = start + row
-    q_JI, weight_J, at_J, real_JI = _heads(q_TJI, weight_TJ, t, tl.program_id(0) % blocks, J, I, HEADS, WIDTH)
-    keys_CI += tl.load(first_entry_T + t) * I
+    q_JI, weight_J, at_J, real_JI = _heads(q_TJI, weight_TJ, t, tl.program_id(0) % blocks, J, WIDTH, HEADS, PADDED)
+    keys_CI += tl.load(first_entry_T + t) * WIDTH
     dkl = tl.load(dkl_T + t)
     end = X if PICKED else tl.load(visible_T + t).to(tl.int32)
-    dq_JI = tl.zeros((HEADS, WIDTH), tl.float32)
+    dq_JI = tl.zeros((HEADS, PADDED), tl.float32)
     dweight_J = tl.zeros((HEADS,), tl.float32)
     for at in range(0, end, COLUMNS):
         x = at + tl.arange(0, COLUMNS)
         number, real = _columns(picked_TX, visible_T, t, x, X, PICKED)
-        keys_XI = _keys(keys_CI, number, real, I, WIDTH)
+        keys_XI = _keys(keys_CI, number, real, WIDTH, PADDED)
         dscore_X = tl.load(gradients_tX + row * X + x, mask=real, other=0.0) * dkl
         products_JX = tl.dot(q_JI, keys_XI.T, input_precision="ieee")
         passes = products_JX > 0
         dweight_J += tl.sum(tl.where(passes, products_JX, 0.0) * dscore_X[None, :], 1)
         dproducts_JX = tl.where(passes, weight_J[:, None] * dscore_X[None, :], 0.0)
         dq_JI = tl.dot(dproducts_JX.to(q_JI.dtype), keys_XI, dq_JI, input_precision="ieee")
-    tl.store(dq_TJI + at_J[:, None] * I + tl.arange(0, WIDTH)[None, :], dq_JI.to(q_JI.dtype), mask=real_JI)
+    tl.store(dq_TJI + at_J[:, None] * WIDTH + tl.arange(0, PADDED)[None, :], dq_JI.to(q_JI.dtype), mask=real_JI)
     tl.store(dweight_TJ + at_J, dweight_J.to(dweight_TJ.dtype.element_ty), mask=at_J < (t + 1) * J)
 
 
@@ -146,7 +146,7 @@ def _dproducts(keys_XI, q_JI, weight_J, dscore_X):
 def indexer_loss_bwd_rows_kernel(
     q_TJI, weight_TJ, keys_CI, picked_TX, first_entry_T, visible_T, dkl_T, gradients_tX,
     rows_tXBI, start, J, X,
-    I: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """What each pick of a query contributes to the gradient of its key, summed over a block of heads, of which there
     are B; in the dtype of q."""
@@ -154,48 +154,48 @@ def indexer_loss_bwd_rows_kernel(
     row = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     t = start + row
-    q_JI, weight_J, _at, _real = _heads(q_TJI, weight_TJ, t, block, J, I, HEADS, WIDTH)
-    keys_CI += tl.load(first_entry_T + t) * I
+    q_JI, weight_J, _at, _real = _heads(q_TJI, weight_TJ, t, block, J, WIDTH, HEADS, PADDED)
+    keys_CI += tl.load(first_entry_T + t) * WIDTH
     dkl = tl.load(dkl_T + t)
-    column = tl.arange(0, WIDTH)
+    column = tl.arange(0, PADDED)
     for at in range(0, X, COLUMNS):
         x = at + tl.arange(0, COLUMNS)
         number, real = _columns(picked_TX, visible_T, t, x, X, True)
-        keys_XI = _keys(keys_CI, number, real, I, WIDTH)
+        keys_XI = _keys(keys_CI, number, real, WIDTH, PADDED)
         dscore_X = tl.load(gradients_tX + row * X + x, mask=real, other=0.0) * dkl
         rows_XI = tl.dot(_dproducts(keys_XI, q_JI, weight_J, dscore_X), q_JI, input_precision="ieee")
-        here = rows_tXBI + ((row * X + x) * blocks + block)[:, None] * I + column[None, :]
-        tl.store(here, rows_XI.to(q_JI.dtype), mask=real[:, None] & (column < I)[None, :])
+        here = rows_tXBI + ((row * X + x) * blocks + block)[:, None] * WIDTH + column[None, :]
+        tl.store(here, rows_XI.to(q_JI.dtype), mask=real[:, None] & (column < WIDTH)[None, :])
 
 
 @triton.jit(do_not_specialize=["start", "stop", "C", "part"])
 def indexer_loss_bwd_keys_kernel(
     q_TJI, weight_TJ, keys_CI, first_entry_T, visible_T, start_C, stop_C, dkl_T, gradients_tX,
     dkeys_SCI, start, stop, J, C, X, part,
-    I: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one block of keys from the queries start + s part to start + (s + 1) part - 1, at most to stop - 1,
     where s is the second program index. Key c is seen by none but queries start_C[c] to stop_C[c] - 1."""
     s = tl.program_id(1).to(tl.int64)
     c_X = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    keys_XI = _keys(keys_CI, c_X, c_X < C, I, WIDTH)
+    keys_XI = _keys(keys_CI, c_X, c_X < C, WIDTH, PADDED)
     start_X = tl.load(start_C + c_X, mask=c_X < C, other=0)
     stop_X = tl.load(stop_C + c_X, mask=c_X < C, other=0)
     empty = start_X >= stop_X
     low = tl.maximum(tl.min(tl.where(empty, stop, start_X)), start + s * part)
     high = tl.minimum(tl.max(tl.where(empty, 0, stop_X)), tl.minimum(start + (s + 1) * part, stop))
-    dkeys_XI = tl.zeros((COLUMNS, WIDTH), tl.float32)
+    dkeys_XI = tl.zeros((COLUMNS, PADDED), tl.float32)
     blocks = tl.cdiv(J, HEADS)
     for step in range(0, (tl.maximum(high - low, 0) * blocks).to(tl.int32)):
         t = low + step // blocks
-        q_JI, weight_J, _at, _real = _heads(q_TJI, weight_TJ, t, step % blocks, J, I, HEADS, WIDTH)
+        q_JI, weight_J, _at, _real = _heads(q_TJI, weight_TJ, t, step % blocks, J, WIDTH, HEADS, PADDED)
         x = c_X - tl.load(first_entry_T + t)
         seen = (x >= 0) & (x < tl.load(visible_T + t))
         dscore_X = tl.load(gradients_tX + (t - start) * X + x, mask=seen, other=0.0) * tl.load(dkl_T + t)
         dkeys_XI = tl.dot(_dproducts(keys_XI, q_JI, weight_J, dscore_X), q_JI, dkeys_XI, input_precision="ieee")
-    column = tl.arange(0, WIDTH)
-    real_XI = (c_X < C)[:, None] & (column < I)[None, :]
-    tl.store(dkeys_SCI + (s * C + c_X)[:, None] * I + column[None, :], dkeys_XI, mask=real_XI)
+    column = tl.arange(0, PADDED)
+    real_XI = (c_X < C)[:, None] & (column < WIDTH)[None, :]
+    tl.store(dkeys_SCI + (s * C + c_X)[:, None] * WIDTH + column[None, :], dkeys_XI, mask=real_XI)
 
 
 class _Operands(NamedTuple):
@@ -250,7 +250,13 @@ def _tiles(q_TJI: Tensor) -> dict[str, int]:
     _, num_heads, width = q_TJI.shape
     most = 16 if q_TJI.dtype == torch.float32 else 64
     heads = min(most, max(16, triton.next_power_of_2(num_heads)))
-    return {"I": width, "HEADS": heads, "COLUMNS": most, "WIDTH": max(16, triton.next_power_of_2(width)), "num_warps": 4}
+    return {
+        "WIDTH": width,
+        "HEADS": heads,
+        "COLUMNS": most,
+        "PADDED": max(16, triton.next_power_of_2(width)),
+        "num_warps": 4,
+    }
 
 
 def _bwd_queries(
@@ -287,7 +293,7 @@ def _bwd_picks(x: _Operands, dkl_T: Tensor, gradients_TM: Tensor) -> tuple[Tenso
         )
         sparse_attention_bwd_picks_kernel[(len(x.keys_CI),)](
             rows_tMBI, order_P, first_C, dkeys_CI,
-            K=width, BLOCKS=blocks, WIDTH=tiles["WIDTH"], ROWS=max(1, 8192 // tiles["WIDTH"]), num_warps=4,
+            K=width, BLOCKS=blocks, WIDTH=tiles["PADDED"], ROWS=max(1, 8192 // tiles["PADDED"]), num_warps=4,
         )  # fmt: skip
     return dq_TJI, dweight_TJ, dkeys_CI
 

@@ -18,7 +18,8 @@ def pick_entries(q_TJI: Tensor, weight_TJ: Tensor, keys_CI: Tensor, reach: Reach
     Returns picked_TM int64 [T, M], numbers within the sequence, ascending, -1 = no pick, with M = min(k,
     reach.most_visible). Ties go to the lower number. Not differentiable: `indexer_loss` trains the scores. The
     workspace is bounded, on a GPU by 512 MiB; no [T, C] matrix exists. Raises NonFiniteScoresError on a score that is
-    not a number; on a GPU, where that would mean to wait for the scores, such a score ranks above every number instead.
+    not a number; on a GPU, where that would mean to wait for the scores, such an entry is never picked instead, unless
+    all that are visible are.
     """
     if use_kernel("lightning_indexer", q_TJI):
         from leadline.ops.lightning_indexer import kernel

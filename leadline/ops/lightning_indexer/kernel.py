@@ -7,8 +7,8 @@ registers of one thread, and a thread needs as many weights as it has columns, h
 queries stays in shared memory while its entries stream through; neighbouring queries of a sequence share every key that
 is loaded. Entries beyond what the tile sees are never touched.
 
-The same sum with exp(q . k / sqrt(K) - lse) in the place of ReLU is the attention mass of an entry over all heads, which
-`indexer_loss` needs, for picked entries too: `head_sums` does all of these.
+The same sum with exp(q . k / sqrt(K) - lse) in the place of ReLU is the attention mass of an entry over all heads. The
+loss of the indexer needs it, for picked entries too: `head_sums` does all of these.
 
 Workspace. The scores of a run of queries are at most 256 MiB, and the run is chosen so: 4,096 queries against 16,384
 entries, 256 against 262,144. The top-k of a run (`select_topk`) follows at once. A query that sees no more entries than
@@ -36,13 +36,13 @@ LOG2_E = math.log2(math.e)
 
 
 @triton.jit
-def _load(vectors, row_R, real_R, I: tl.constexpr, WIDTH: tl.constexpr):
-    """vectors[row], [R, WIDTH]; zero where a row is not real and behind column I."""
-    column = tl.arange(0, WIDTH)
+def _load(vectors, row_R, real_R, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """vectors[row], filled up with zeros to a power of two; all zero where a row is not real."""
+    column = tl.arange(0, PADDED)
     real = real_R[:, None]
-    if WIDTH > I:
-        real = real & (column < I)[None, :]
-    return tl.load(vectors + row_R[:, None] * I + column[None, :], mask=real, other=0.0)
+    if PADDED > WIDTH:
+        real = real & (column < WIDTH)[None, :]
+    return tl.load(vectors + row_R[:, None] * WIDTH + column[None, :], mask=real, other=0.0)
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def _leader(first_entry_T, visible_T, t_Q, tile, i, stop):
 @triton.jit
 def _rows(
     q_TJI, factor_TJ, tile, block, stop, J,
-    I: tl.constexpr, ATTENTION: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, ATTENTION: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """q and factor of a tile of queries and a block of heads, [queries x heads, ..]. A head that does not exist adds
     nothing to a sum."""
@@ -70,7 +70,7 @@ def _rows(
     factor_R = tl.load(factor_TJ + t_R * J + head_R, mask=real_R, other=nothing).to(tl.float32)
     if ATTENTION:
         factor_R *= 1.4426950408889634
-    return _load(q_TJI, t_R * J + head_R, real_R, I, WIDTH), factor_R
+    return _load(q_TJI, t_R * J + head_R, real_R, WIDTH, PADDED), factor_R
 
 
 @triton.jit
@@ -88,8 +88,8 @@ def _sums(keys, q, factor_R, scale, ATTENTION: tl.constexpr, QUERIES: tl.constex
 def head_sums_kernel(
     q_TJI, factor_TJ, keys_CI, picked_TX, first_entry_T, visible_T, sums_tX,
     start, stop, J, X, enough, part, scale,
-    I: tl.constexpr, PICKED: tl.constexpr, ATTENTION: tl.constexpr,
-    QUERIES: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, PICKED: tl.constexpr, ATTENTION: tl.constexpr,
+    QUERIES: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr, KEYS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """sums[t - start, x] of one tile of queries and of `part` columns: sum over j of a term of q_tj . key_x, where x
     numbers the visible entries, or the picks. Written where x is visible, or a pick; not at all for a tile whose
@@ -102,7 +102,7 @@ def head_sums_kernel(
     most = X if PICKED else tl.max(tl.load(visible_T + t_Q, mask=t_Q < stop, other=0)).to(tl.int32)
     if most > tl.maximum(begin, enough):
         if BLOCKS == 1:
-            q, factor_R = _rows(q_TJI, factor_TJ, tile, 0, stop, J, I, ATTENTION, QUERIES, HEADS, WIDTH)
+            q, factor_R = _rows(q_TJI, factor_TJ, tile, 0, stop, J, WIDTH, ATTENTION, QUERIES, HEADS, PADDED)
         place = tl.arange(0, KEYS)
         for i in range(QUERIES):
             first, length, visible_Q = _leader(first_entry_T, visible_T, t_Q, tile, i, stop)
@@ -117,14 +117,14 @@ def head_sums_kernel(
                     number = x
                     real = x < end
                     seen = real[:, None] & (x[:, None] < visible_Q[None, :])
-                keys = _load(keys_CI, first + number, real, I, WIDTH)
+                keys = _load(keys_CI, first + number, real, WIDTH, PADDED)
                 if BLOCKS == 1:
                     sums = _sums(keys, q, factor_R, scale, ATTENTION, QUERIES)
                 else:
                     sums = tl.zeros((KEYS, QUERIES), tl.float32)
                     for b in range(BLOCKS):
                         part_q, part_R = _rows(
-                            q_TJI, factor_TJ, tile, b, stop, J, I, ATTENTION, QUERIES, HEADS, WIDTH
+                            q_TJI, factor_TJ, tile, b, stop, J, WIDTH, ATTENTION, QUERIES, HEADS, PADDED
                         )
                         sums += _sums(keys, part_q, part_R, scale, ATTENTION, QUERIES)
                 tl.store(sums_tX + (t_Q - start)[None, :] * X + x[:, None], sums, mask=seen)
@@ -181,14 +181,6 @@ def part_of(length: int, tiles: int, device: torch.device) -> int:
     return min(4096, max(256, triton.cdiv(triton.cdiv(length, wanted), 64) * 64))
 
 
-def for_hopper(q_TJI: Tensor, together: int) -> bool:
-    """Whether the kernel of `hopper.py` scores: 16-bit vectors of its width, enough heads and enough queries that see
-    the same entries, and a GPU of that generation."""
-    _, num_heads, width = q_TJI.shape
-    suits = q_TJI.dtype in (torch.bfloat16, torch.float16) and width == 128 and 16 < num_heads <= 128 and together >= 4
-    return suits and q_TJI.is_cuda and torch.cuda.get_device_capability(q_TJI.device) == (9, 0)
-
-
 class Reached(NamedTuple):
     """What the queries of a segment see, as the kernels take it. most: the largest `visible`, or more. together: how
     many queries a sequence has on average."""
@@ -216,32 +208,20 @@ def head_sums(
 
         sum_j factor_tj ReLU(q_tj . key_x), or with `attention` sum_j exp(q_tj . key_x / sqrt(I) - factor_tj)
 
-    A column that is not visible, or no pick, is left as it is, and so is a query that sees at most `enough` entries.
-    All tensors are contiguous.
+    A column that is not visible, or no pick, is left as it is; the sums of a query that sees at most `enough` entries
+    may be. All tensors are contiguous.
     """
     num_queries, length = sums_tX.shape
     _, num_heads, width = q_TJI.shape
-    if picked_TX is None and not attention and for_hopper(q_TJI, reached.together):
-        from leadline.ops.lightning_indexer import hopper
-
-        heads = max(32, triton.next_power_of_2(num_heads))
-        tiles = triton.cdiv(num_queries, 2 * hopper.COLUMNS // heads)
-        part = part_of(length, tiles, q_TJI.device)
-        hopper.index_scores_hopper_kernel[(tiles * triton.cdiv(length, part),)](
-            q_TJI, factor_TJ, keys_CI, reached.first_entry_T, reached.visible_T, sums_tX,
-            start, start + num_queries, num_heads, length, enough, part,
-            I=width, HEADS=heads, num_warps=hopper.NUM_WARPS,
-        )  # fmt: skip
-        return
     blocks = _blocks(q_TJI, 1 if picked_TX is not None else max(1, reached.together))
     tiles = triton.cdiv(num_queries, blocks.queries)
     part = part_of(length, tiles, q_TJI.device)
     head_sums_kernel[(tiles * triton.cdiv(length, part),)](
         q_TJI, factor_TJ, keys_CI, picked_TX, reached.first_entry_T, reached.visible_T, sums_tX,
         start, start + num_queries, num_heads, length, enough, part, width**-0.5 * LOG2_E,
-        I=width, PICKED=picked_TX is not None, ATTENTION=attention,
+        WIDTH=width, PICKED=picked_TX is not None, ATTENTION=attention,
         QUERIES=blocks.queries, HEADS=blocks.heads, BLOCKS=blocks.blocks, KEYS=blocks.keys,
-        WIDTH=max(16, triton.next_power_of_2(width)), num_warps=4, num_stages=blocks.stages,
+        PADDED=max(16, triton.next_power_of_2(width)), num_warps=4, num_stages=blocks.stages,
     )  # fmt: skip
 
 
@@ -257,8 +237,7 @@ def pick(
     q_TJI: Tensor, weight_TJ: Tensor, keys_CI: Tensor,
     first_entry_T: Tensor, visible_T: Tensor, most_visible: int, num_sequences: int, k: int,
 ) -> Tensor:  # fmt: skip
-    """The operation of `pick_entries_reference`, with the parts of `Reach`, except that NaN is no error: such a score
-    ranks above every number."""
+    """The operation of `pick_entries_reference`, with the parts of `Reach`, except that NaN is no error."""
     seen = first_entry_T.contiguous(), visible_T.contiguous()
     picked_TM = _empty_picks(q_TJI, weight_TJ, keys_CI, *seen, most_visible, num_sequences, k)
     if not picked_TM.numel():

@@ -16,7 +16,7 @@ def select_topk(scores_TC: Tensor, visible_T: Tensor, k: int) -> Tensor:
     scores_TC: FP32 [T, C]. visible_T: int64 [T], at most C. Returns int64 [T, k], columns in ascending order, -1 behind
     them when fewer than k are visible. The order is fixed so that sums over the picks do not depend on the scores.
     Raises NonFiniteScoresError on a score that is not a number; on a GPU, where that would mean to wait for the scores,
-    such a score ranks above every number instead.
+    such a score is never picked instead.
     """
     if use_kernel("select_topk", scores_TC):
         from leadline.ops.select_topk import kernel

@@ -1,20 +1,21 @@
 """Top-k in Triton: bisection on a row that stays in registers.
 
-Reading the scores once is the floor in bytes, so a program loads a *part* of a row, at most 16,384 columns, and all that
-follows happens in registers. Floating-point numbers become integers of the same order; the largest integer that at
-least k columns reach is found by halving an interval, one comparison and one sum a step. A step halves the columns
+Reading the scores once is the floor in bytes, so a program loads a *part* of a row, 4,096 columns as a rule, and all
+that follows happens in registers. The threshold that at least k columns reach is found by halving an interval of the
+integers that have the order of the floating-point numbers: one comparison and one sum a step. A step halves the columns
 that are undecided too, so that about log2(columns) + 2 steps find a threshold which exactly k columns reach; only ties
-at the threshold need all 32. Then one running sum over the picked columns says where each of them is stored, in
-ascending order; among columns equal to the threshold the first ones are taken. A thread holds a run of neighbouring
-columns, in vectors of 16 bytes, so that all but one of the additions of the running sum are its own. That is why a part
-has three axes, [threads, vectors, 4].
+at the threshold need all 32, and then the same search over the columns finds up to where they are taken. In the end one
+running sum says where each pick is stored, in ascending order.
 
 A longer row is a tournament. Every part keeps its k best, and the lists of the parts, laid one behind the other, are a
 shorter row that is still ascending in its columns, so ties go to the lower column in every round. All parts but the
 last are full, which leaves no gap between the lists: a round is the same kernel over a list of columns.
 
-Nothing depends on the values: NaN has a place in the order of the integers (above every number, or below if its sign
-bit is set), and a wild score cannot lead to an address outside of its row.
+A thread holds neighbouring columns, in vectors of four that it loads at once, so that all but the last additions of the
+running sum are its own. That is why a part is a tuple of vectors, [threads, 4] each.
+
+What must not count, a column behind the visible ones or a score that is not a number, is NaN: it reaches no threshold.
+A wild score cannot lead to an address outside of its row.
 """
 
 from __future__ import annotations
@@ -28,44 +29,72 @@ from torch import Tensor
 
 from leadline.ops.opaque import opaque
 
-LARGEST_PART = 16384  # columns that fit into the registers of one program
+FEW_PARTS = 512  # fewer leave room on a device for more threads
 
 
 @triton.jit
-def _image(scores):
-    """Integers above -2^31 in the order of the scores; 0.0 and -0.0 are equal."""
-    bits = scores.to(tl.int32, bitcast=True)
-    image = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(scores == 0.0, 0, tl.maximum(image, -(2**31) + 1))
+def _flip(bits):
+    """Between the bits of floating-point numbers and integers of the same order; its own inverse."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def _count(flags):
-    """How many of [rows, vectors, 4] flags are set."""
-    return tl.sum(tl.sum(tl.sum(flags.to(tl.int32), 2), 1), 0)
+def _places(v, PART: tl.constexpr, RUN: tl.constexpr):
+    """Places in a part of vector v of each thread, [threads, 4]. RUN: columns of a thread."""
+    return tl.arange(0, PART // RUN)[:, None] * RUN + v * 4 + tl.arange(0, 4)[None, :]
 
 
 @triton.jit
-def _rank(flags):
-    """How many flags are set up to each place, itself included, in the order of the columns."""
-    in_vector = tl.cumsum(flags.to(tl.int32), 2)
-    vectors = tl.sum(flags.to(tl.int32), 2)
-    rows = tl.sum(vectors, 1)
-    before = (tl.cumsum(rows, 0) - rows)[:, None] + tl.cumsum(vectors, 1) - vectors
-    return in_vector + before[:, :, None]
+def _columns(columns_TX, t, place, X):
+    """Columns of row t at some places of its list, -1 where there is none; without a list all columns are in place."""
+    if columns_TX is None:
+        return place
+    else:
+        return tl.load(columns_TX + t * X + place, mask=place < X, other=-1)
 
 
 @triton.jit
-def _threshold(image, low, high, K):
-    """An integer in [low, high] that K images reach; with ties, the largest that at least K reach.
+def _reached(scores, threshold):
+    """How many scores reach a threshold."""
+    count = tl.where(scores[0] >= threshold, 1.0, 0.0)
+    for v in tl.static_range(1, len(scores)):
+        count += tl.where(scores[v] >= threshold, 1.0, 0.0)
+    return tl.sum(tl.sum(count, 1), 0).to(tl.int32)
 
-    At least K images reach low, and none is above high.
+
+@triton.jit
+def _threshold(scores, low, high, K):
+    """A number in [low, high] that K scores reach; with ties, the largest that at least K reach.
+
+    At least K scores reach low, and none is above high.
     """
+    low, high = _flip(low.to(tl.int32, bitcast=True)), _flip(high.to(tl.int32, bitcast=True))
     while low < high:
         middle = (low | high) - ((low ^ high) >> 1)  # rounded up; the sum could overflow
-        reached = _count(image >= middle)
+        reached = _reached(scores, _flip(middle).to(tl.float32, bitcast=True))
         low = tl.where(reached >= K, middle, low)
         high = tl.where(reached == K, middle, tl.where(reached > K, high, middle - 1))
+    return _flip(low).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _picked(scores, v, threshold, last_tie, PART: tl.constexpr, RUN: tl.constexpr):
+    """Which columns of vector v are picked, 1 or 0: above the threshold, or equal to it and not behind the last tie."""
+    tied = (scores[v] == threshold) & (_places(v, PART, RUN) <= last_tie)
+    return ((scores[v] > threshold) | tied).to(tl.int32)
+
+
+@triton.jit
+def _last_tie(scores, threshold, K, PART: tl.constexpr, RUN: tl.constexpr):
+    """The first place for which there are K picks, where there are more without it."""
+    low, high = 0, PART - 1
+    while low < high:
+        middle = (low + high) // 2
+        count = _picked(scores, 0, threshold, middle, PART, RUN)
+        for v in tl.static_range(1, len(scores)):
+            count += _picked(scores, v, threshold, middle, PART, RUN)
+        enough = tl.sum(tl.sum(count, 1), 0) >= K
+        low, high = tl.where(enough, low, middle + 1), tl.where(enough, middle, high)
     return low
 
 
@@ -77,8 +106,7 @@ def select_topk_kernel(
     """The best K of columns s PART to (s + 1) PART - 1 of row t, of the first visible_T[t]; -1 behind them.
 
     columns_TX: the columns that are left of each row, None in the first round, which has all. left_T: how many there
-    are in the next round; None in the last, in which one part holds the whole list. RUN: neighbouring columns that a
-    thread holds, in vectors of four. WIDTH: a power of two, at least K.
+    are in the next round; None in the last, in which one part holds the whole list. WIDTH: a power of two, at least K.
     """
     t, s = tl.program_id(0).to(tl.int64), tl.program_id(1)
     visible = tl.load(visible_T + t).to(tl.int32)
@@ -86,34 +114,40 @@ def select_topk_kernel(
     if left_T is not None and s == 0:
         tl.store(left_T + t, visible // PART * K + tl.minimum(visible % PART, K))
     if left_T is None or here > 0:
-        run, vector = tl.arange(0, PART // RUN)[:, None, None], tl.arange(0, RUN // 4)[None, :, None]
-        place = run * RUN + vector * 4 + tl.arange(0, 4)[None, None, :]
-        real = place < here
-        # What stands behind the visible columns is loaded too, 16 bytes at a time when rows are multiples of that, and
-        # then ignored.
-        column = s * PART + place
-        if columns_TX is None:
-            scores = tl.load(scores_TC + t * C + column, mask=column < C, other=0.0)
-        else:
-            column = tl.load(columns_TX + t * X + column, mask=column < X, other=0)
-            scores = tl.load(scores_TC + t * C + column, mask=real, other=0.0)
-        # Below every score, and all that there is where no column is real.
-        lowest = -(2**31)
-        image = tl.where(real, _image(scores), lowest)
-        threshold = lowest + 1
-        # Where no more than K columns are visible all are picked, and their scores may be anything.
-        if here > K:
-            low = tl.min(tl.min(tl.min(tl.where(real, image, 2**31 - 1), 2), 1), 0)
-            threshold = _threshold(image, low, tl.max(tl.max(tl.max(image, 2), 1), 0), K)
-            surplus = _count(image >= threshold) - K
-            if surplus > 0:
-                equal = image == threshold
-                image = tl.where(equal & (_rank(equal) > _count(equal) - surplus), lowest, image)
-        picked = image >= threshold
+        scores = ()
+        lowest = tl.full((PART // RUN, 4), float("inf"), tl.float32)
+        highest = -lowest
+        for v in tl.static_range(RUN // 4):
+            place = _places(v, PART, RUN)
+            column = _columns(columns_TX, t, s * PART + place, X)
+            real = (place < here) & (column >= 0)
+            # What stands behind the visible columns is loaded with them, 16 bytes at a time where rows are multiples of
+            # that, and then ignored.
+            score = tl.load(scores_TC + t * C + column, mask=column < C if columns_TX is None else real, other=0.0)
+            # Where no more than K columns are visible all are picked, and their scores may be anything.
+            score = tl.where(real, tl.where(here > K, score, 0.0), float("nan"))
+            number = score == score
+            lowest = tl.where(number & (score < lowest), score, lowest)
+            highest = tl.where(number & (score > highest), score, highest)
+            scores += (score,)
+        threshold = _threshold(scores, tl.min(tl.min(lowest, 1), 0), tl.max(tl.max(highest, 1), 0), K)
+        reached = _reached(scores, threshold)
+        last_tie = PART
+        if reached > K:
+            last_tie = _last_tie(scores, threshold, K, PART, RUN)
+
         picked_TSK += (t * tl.num_programs(1) + s) * K
-        tl.store(picked_TSK + _rank(picked) - 1, column, mask=picked)
+        count = tl.zeros((PART // RUN,), tl.int32)
+        for v in tl.static_range(RUN // 4):
+            count += tl.sum(_picked(scores, v, threshold, last_tie, PART, RUN), 1)
+        before = tl.cumsum(count, 0) - count
+        for v in tl.static_range(RUN // 4):
+            picked = _picked(scores, v, threshold, last_tie, PART, RUN)
+            column = _columns(columns_TX, t, s * PART + _places(v, PART, RUN), X)
+            tl.store(picked_TSK + before[:, None] + tl.cumsum(picked, 1) - 1, column, mask=picked > 0)
+            before += tl.sum(picked, 1)
         place = tl.arange(0, WIDTH)
-        tl.store(picked_TSK + place, tl.full((WIDTH,), -1, column.dtype), mask=(place >= here) & (place < K))
+        tl.store(picked_TSK + place, tl.full((WIDTH,), -1, tl.int32), mask=(place >= reached) & (place < K))
 
 
 class Part(NamedTuple):
@@ -126,17 +160,19 @@ class Part(NamedTuple):
     def warps(self) -> int:
         return self.columns // (32 * self.run)
 
+    @property
+    def registers(self) -> int:
+        """Of a thread. They suffice without spilling, and four programs of four warps fit on a multiprocessor."""
+        return min(128, 2**16 // (32 * self.warps))
+
 
 def part_of(num_rows: int, length: int, k: int) -> Part:
-    """Many rows fill the device: each gets few threads, with much to do between two sums over all of them. Few rows
-    want few rounds, and many threads."""
-    width = triton.next_power_of_2(k)
-    few = num_rows * triton.cdiv(length, LARGEST_PART) < 256
-    whole = max(LARGEST_PART if few else 4096, 4 * width)
-    part = max(min(LARGEST_PART, 16 * width), 4 * width) if few else whole
-    columns = part if length > whole else max(128, triton.next_power_of_2(length))
-    run = max(16 if few else 32, columns // 2**10)  # a program has at most 32 warps
-    return Part(columns, min(run, columns // 32))
+    """Columns, so that a round leaves at most a quarter of a long list. Many rows fill the device: each gets few
+    threads, with much to do between two sums over all of them; of few rows each gets many."""
+    most = max(4096, 4 * triton.next_power_of_2(k))
+    columns = most if length > most else max(128, triton.next_power_of_2(length))
+    run = 16 if num_rows * triton.cdiv(length, columns) < FEW_PARTS else 32
+    return Part(columns, min(max(run, columns // 1024), columns // 32))  # a program has at most 32 warps
 
 
 def select_into(scores_TC: Tensor, visible_T: Tensor, picked_TK: Tensor) -> None:
@@ -153,7 +189,8 @@ def select_into(scores_TC: Tensor, visible_T: Tensor, picked_TK: Tensor) -> None
             left_T = torch.empty(num_rows, dtype=torch.int32, device=scores_TC.device)
         select_topk_kernel[(num_rows, parts)](
             scores_TC, columns_TX, visible_T, target, left_T, num_columns, length, k,
-            PART=part.columns, RUN=part.run, WIDTH=triton.next_power_of_2(k), num_warps=part.warps,
+            PART=part.columns, RUN=part.run, WIDTH=triton.next_power_of_2(k),
+            num_warps=part.warps, maxnreg=part.registers,
         )  # fmt: skip
         columns_TX, length = target, parts * k
         visible_T = visible_T if left_T is None else left_T
@@ -165,7 +202,7 @@ def _empty_picks(scores_TC: Tensor, visible_T: Tensor, k: int) -> Tensor:
 
 @opaque(_empty_picks)
 def select(scores_TC: Tensor, visible_T: Tensor, k: int) -> Tensor:
-    """The operation of `select_topk_reference`, except that NaN is no error: it ranks above every number."""
+    """The operation of `select_topk_reference`, except that NaN is no error: it is never picked."""
     picked_Tk = _empty_picks(scores_TC, visible_T, k)
     if picked_Tk.numel():
         select_into(scores_TC.contiguous(), visible_T.contiguous(), picked_Tk)
