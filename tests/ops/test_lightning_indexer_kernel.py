@@ -47,7 +47,8 @@ def kernel_picks(operands: OPERANDS, reach: Reach, k: int) -> Tensor:
 
 def check(case: Any, operands: OPERANDS, k: int) -> None:
     with implementation("reference"):
-        wanted = pick_entries(*(x.float() for x in operands), case.reach, k)
+        q, weight, keys = (x.float() for x in operands)
+        wanted = pick_entries(q, weight, keys, case.reach, k)
     assert torch.equal(kernel_picks(operands, case.reach, k), wanted)
 
 
