@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from leadline.ops.dispatch import use_kernel
 from leadline.ops.grouped_linear import grouped_linear
 from leadline.ops.quantized_linear import reference
 from leadline.ops.quantized_linear.weight import FORMATS, Format, QuantizedWeight, quantize
@@ -33,7 +34,8 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
     the matrix units, whose precision is below FP32 for eight-bit operands, and always in the same order, so a row's
     result depends on nothing but the row. Differentiable in x, straight through its rounding: dx = dy W.
     """
-    return _QuantizedLinear.apply(x.flatten(0, -2), None, (weight,))[0].unflatten(0, x.shape[:-1])
+    (y_TO,) = _differentiable(x.flatten(0, -2), [weight], None)
+    return y_TO.unflatten(0, x.shape[:-1])
 
 
 def quantized_grouped_linear(x_XN: Tensor, weights: Sequence[QuantizedWeight], counts_E: Tensor) -> tuple[Tensor, ...]:
@@ -42,10 +44,20 @@ def quantized_grouped_linear(x_XN: Tensor, weights: Sequence[QuantizedWeight], c
     x_XN: [X, N], rows sorted by expert, rounded once for all stacks. counts_E: int64 [E], rows of each expert, sum X.
     Arithmetic, dtypes and gradient as in `quantized_linear`. On CUDA the host does not wait for the counts.
     """
-    return _QuantizedLinear.apply(x_XN, counts_E, tuple(weights))
+    return _differentiable(x_XN, weights, counts_E)
+
+
+def _differentiable(x_TN: Tensor, weights: Sequence[QuantizedWeight], counts_E: Tensor | None) -> tuple[Tensor, ...]:
+    if torch.is_grad_enabled() and x_TN.requires_grad:
+        return _QuantizedLinear.apply(x_TN, counts_E, tuple(weights))
+    return _products(x_TN, weights, counts_E)
 
 
 def _products(x_TN: Tensor, weights: Sequence[QuantizedWeight], counts_E: Tensor | None) -> tuple[Tensor, ...]:
+    if use_kernel("quantized_linear", x_TN):
+        from leadline.ops.quantized_linear import kernel
+
+        return kernel.products(x_TN, weights, counts_E)
     return reference.products(x_TN, weights, counts_E)
 
 

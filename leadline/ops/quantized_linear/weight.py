@@ -24,8 +24,8 @@ class QuantizedWeight:
 
     FP8: codes float8_e4m3fn [..., O, N], scale for blocks of 128 x 128, [..., ceil(O / 128), ceil(N / 128)].
     FP4: codes uint8 or int8 [..., O, N / 2], two E2M1 values a byte; scale for 32 columns of a row, [..., O, N / 32];
-    and block_scale, float32 in the grid of FP8: the scale under which a block is exact in E4M3 (`fp4.fp8_scale`), which
-    is how it is multiplied.
+    and block_scale, E8M0 bytes in the grid of FP8: the scale under which a block is exact in E4M3 (`fp4.fp8_scale`),
+    which is how it is multiplied.
 
     scale: float32 or E8M0 (float8_e8m0fnu, or its bytes as uint8). Build one with `of` or `quantize`.
     """
@@ -53,7 +53,7 @@ class QuantizedWeight:
                 raise ValueError(f"{name}: codes {list(codes.shape)} need scales {list(grid)}, got {list(scale.shape)}")
             return QuantizedWeight(codes, scale)
         if codes.dtype in (torch.uint8, torch.int8):
-            return QuantizedWeight(codes, scale, fp4.fp8_scale(codes, scale, name))
+            return QuantizedWeight(codes, scale, e8m0.encode(fp4.fp8_scale(codes, scale, name)))
         raise ValueError(f"{name}: {codes.dtype} is no quantised format; expected float8_e4m3fn or pairs as uint8")
 
     @property
@@ -87,7 +87,7 @@ class QuantizedWeight:
             return codes, _spread(scale, rows)
         pairs = slice(columns.start // 2, columns.stop // 2)
         groups = slice(columns.start // fp4.BLOCK, columns.stop // fp4.BLOCK)
-        scale = _spread(self.block_scale[..., number], rows)
+        scale = _spread(e8m0.decode(self.block_scale[..., number]), rows)
         relative = e8m0.to_float32(self.scale[..., groups]) / scale[..., None]
         return fp4.dequantize(self.codes[..., pairs], relative), scale
 

@@ -11,6 +11,7 @@ from leadline.recipes.bench_ops import (
     optimizer,
     pointwise,
     products,
+    quantized,
 )
 from leadline.recipes.bench_ops.case import Case
 
@@ -21,6 +22,7 @@ CASES: tuple[Case, ...] = (
     *hyper_connection.CASES,
     *gated_pool.CASES,
     *products.CASES,
+    *quantized.CASES,
     *experts.CASES,
     *optimizer.CASES,
 )

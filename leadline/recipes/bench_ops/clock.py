@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,21 @@ def time_forward(case: Case, device: torch.device) -> float:
     """Seconds of the kernel alone, without what a backward needs."""
     inputs = case.inputs(case.tokens, device)
     with torch.no_grad(), implementation("kernel"):
-        return seconds(lambda: case.run(*inputs))
+        work = partial(case.run, *inputs)
+        return seconds(capture(work) if case.captured else work)
+
+
+def capture(work: Callable[[], Any]) -> Callable[[], Any]:
+    """The same work as one launch of a captured graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def time_backward(case: Case, device: torch.device) -> float:
