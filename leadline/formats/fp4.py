@@ -39,10 +39,13 @@ def round_to_e2m1(x: Tensor) -> Tensor:
 
 def encode(values: Tensor) -> Tensor:
     """Codes 0..15, uint8, of E2M1 values in float32."""
-    magnitudes = torch.tensor(MAGNITUDES, device=values.device)
-    codes = torch.bucketize(values.abs().contiguous(), magnitudes, out_int32=True)
-    codes = codes.clamp_max(7)  # NaN must stay a nibble too
-    return (codes + 8 * values.signbit()).to(torch.uint8)
+    magnitude = values.abs()
+    # Codes and values are evenly spaced in each of three ranges; a search in the table takes twice as long.
+    codes = torch.where(
+        magnitude < 2.0, magnitude * 2.0, torch.where(magnitude < 4.0, magnitude + 2.0, magnitude * 0.5 + 4.0)
+    )
+    # NaN must stay a nibble too.
+    return (codes.to(torch.uint8) & 7) | (values.signbit().to(torch.uint8) << 3)
 
 
 def decode(codes: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from leadline.weights.header import CheckpointError
-from leadline.weights.names import NAMINGS, Part, is_experts, is_mtp, model_order, to_ours
+from leadline.weights.names import NAMINGS, Part, is_experts, model_order, to_ours
 from leadline.weights.stored import Stored, StoredReader, Value, rows_of
 
 
 @dataclass(frozen=True)
-class Place:
+class Span:
     """Where a tensor of ours lies: a weight of the folder, or the rows begin..end of each matrix in that stack."""
 
     stored: Stored
@@ -35,22 +35,22 @@ class Contents:
     def __init__(self, folder: str | Path) -> None:
         self.reader = StoredReader(folder)
         self.naming = naming_of(self.reader)
-        places: dict[str, dict[int | None, Place]] = {}
+        spans: dict[str, dict[int | None, Span]] = {}
         unknown = []
         for stored in self.reader.entries.values():
             parts = to_ours(stored.name, self.naming)
             if not parts:
                 unknown.append(stored.name)
             self._check_rank(stored, parts)
-            for part, place in zip(parts, _places(stored, len(parts)), strict=True):
-                places.setdefault(part.ours, {})[part.expert] = place
+            for part, span in zip(parts, _spans(stored, len(parts)), strict=True):
+                spans.setdefault(part.ours, {})[part.expert] = span
         if unknown:
             raise CheckpointError(
                 f"{self.reader.folder}: tensor {unknown[0]} is none of DeepSeek-V4 under {self.naming} names"
                 + (f", nor are {len(unknown) - 1} others" if len(unknown) > 1 else "")
             )
-        self._places = {ours: places[ours] for ours in sorted(places, key=model_order)}
-        self.shapes = {ours: self._shape(ours, found) for ours, found in self._places.items()}
+        self._spans = {ours: spans[ours] for ours in sorted(spans, key=model_order)}
+        self.shapes = {ours: self._shape(ours, found) for ours, found in self._spans.items()}
 
     @property
     def folder(self) -> Path:
@@ -59,28 +59,24 @@ class Contents:
 
     def stored(self, ours: str) -> tuple[Stored, ...]:
         """The weights of the folder that hold a tensor of ours: one, or one for each expert."""
-        return tuple(place.stored for place in self._places[ours].values())
+        return tuple(span.stored for span in self._spans[ours].values())
 
     def read(self, part: Part) -> Value:
         """One matrix, or a whole tensor that is no stack, as the folder has it. Mapped, not copied."""
-        places = self._places[part.ours]
-        if part.expert in places:
-            return self.reader.read(places[part.expert].stored.name)
-        place = places[None]
-        value = self.reader.read(place.stored.name)
+        spans = self._spans[part.ours]
+        if part.expert in spans:
+            return self.reader.read(spans[part.expert].stored.name)
+        span = spans[None]
+        value = self.reader.read(span.stored.name)
         if part.expert is None:
             return value
         matrix = value[part.expert]
-        return matrix if place.end is None else rows_of(matrix, place.begin, place.end)
+        return matrix if span.end is None else rows_of(matrix, span.begin, span.end)
 
     def matrices(self, ours: str) -> list[Part]:
         """The parts of a tensor of ours that `read` gives one at a time."""
         shape = self.shapes[ours]
         return [Part(ours, expert) for expert in range(shape[0])] if len(shape) == 3 else [Part(ours)]
-
-    def has_mtp(self) -> bool:
-        """Whether the folder holds an MTP block or draft stages."""
-        return any(map(is_mtp, self.shapes))
 
     def _check_rank(self, stored: Stored, parts: tuple[Part, ...]) -> None:
         for part in parts:
@@ -94,22 +90,22 @@ class Contents:
         if len(parts) > 1:
             self.reader.check_fused(stored.name, len(parts))
 
-    def _shape(self, ours: str, places: dict[int | None, Place]) -> tuple[int, ...]:
-        if None in places:
-            place = places[None]
-            shape = place.stored.shape
-            return shape if place.end is None else (shape[0], place.end - place.begin, *shape[2:])
-        for expert in range(len(places)):
-            if expert not in places:
+    def _shape(self, ours: str, spans: dict[int | None, Span]) -> tuple[int, ...]:
+        if None in spans:
+            span = spans[None]
+            shape = span.stored.shape
+            return shape if span.end is None else (shape[0], span.end - span.begin, *shape[2:])
+        for expert in range(len(spans)):
+            if expert not in spans:
                 raise CheckpointError(f"{self.folder}: lacks expert {expert} of {ours}, though it has later ones")
-        first = places[0].stored
-        for place in places.values():
-            if place.stored.shape != first.shape:
+        first = spans[0].stored
+        for span in spans.values():
+            if span.stored.shape != first.shape:
                 raise CheckpointError(
-                    f"{self.reader.file_of(place.stored.name)}: tensor {place.stored.name} is {place.stored}, "
+                    f"{self.reader.file_of(span.stored.name)}: tensor {span.stored.name} is {span.stored}, "
                     f"{first.name} is {first}: experts of one layer have one shape"
                 )
-        return (len(places), *first.shape)
+        return (len(spans), *first.shape)
 
 
 def naming_of(reader: StoredReader) -> str:
@@ -118,8 +114,8 @@ def naming_of(reader: StoredReader) -> str:
     return max(NAMINGS, key=lambda naming: hits[naming])
 
 
-def _places(stored: Stored, count: int) -> list[Place]:
+def _spans(stored: Stored, count: int) -> list[Span]:
     if count < 2:
-        return [Place(stored)] * count
+        return [Span(stored)] * count
     height = stored.shape[1] // count
-    return [Place(stored, number * height, (number + 1) * height) for number in range(count)]
+    return [Span(stored, number * height, (number + 1) * height) for number in range(count)]

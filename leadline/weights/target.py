@@ -170,8 +170,11 @@ def _output(tensor: FileTensor, forms: Mapping[str, Form], naming: str) -> Outpu
 
 def _write(output: Output, read: Callable[[Part], Value], shard: ShardWriter, advance: Advance) -> None:
     for part in output.parts():
+        row = 0
         for piece in pieces(read(part)):
-            stored = encode(piece, output.form.kind, output.form.dtype, output.tensor.name)
+            where = f"{output.tensor.name} from row {row}" if row else output.tensor.name
+            row += piece.shape[0] if piece.shape else 0
+            stored = encode(piece, output.form.kind, output.form.dtype, where)
             for (name, _, _), content in zip(output.specs, stored, strict=True):
                 shard.append(name, content)
                 advance(content.nbytes)
