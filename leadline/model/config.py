@@ -326,8 +326,11 @@ def _fold_transformers_spelling(values: dict[str, Any]) -> None:
         for name in layer_types:
             if name not in RATIO_OF_LAYER_TYPE:
                 _refuse("layer_types", name, f"entries must be one of {sorted(RATIO_OF_LAYER_TYPE)}")
-        # transformers drops the MTP blocks; the released models all use window-only attention there.
+        # transformers drops the MTP blocks; the released models all use window-only attention there. The DSpark refresh
+        # has one draft stage for each layer that it listens to, and still says 1.
         num_mtp = values.get("num_nextn_predict_layers", 1)
+        if isinstance(targets := values.get("dspark_target_layer_ids"), list):
+            num_mtp = len(targets)
         mtp = (0,) * num_mtp if isinstance(num_mtp, int) else ()
         values["compress_ratios"] = tuple(RATIO_OF_LAYER_TYPE[name] for name in layer_types) + mtp
     mlp_types = values.pop("mlp_layer_types", None)

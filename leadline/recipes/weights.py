@@ -17,8 +17,9 @@ time: the same command again keeps what was complete. The new folder has its nam
   bf16  nothing quantised
 
 without one, every tensor keeps its format. fp4 to fp8 to bf16 changes no value, the other way rounds to nearest.
-naming: official, transformers or transformers_saved (what its save_pretrained writes); without one, names stay. scales:
-float32 or e8m0, for engines that want others than the format was released with.
+naming: official, transformers or transformers_saved (what its save_pretrained writes); without one, names stay. Official
+names are those that vLLM and SGLang read, and transformers too; transformers' own names in fp8 or fp4 are for its GPU
+modules only. scales: float32 or e8m0, for engines that want others than the format was released with.
 
 verify compares the values of two folders, over formats and names, and shows the tensors that are furthest apart.
 tolerance: the largest |a - b| / |b| of a tensor that passes, in the Euclidean norm; without one, 0.
@@ -146,9 +147,13 @@ def run_convert(words: Sequence[str]) -> int:
     """Turn a folder into another."""
     (source, target), options, _ = parse(words, ("SOURCE", "TARGET"), ConvertOptions())
     job = prepare(source, Conversion(options.format, options.naming, _dtype(options.scales), options.shard_bytes))
-    with _progress() as progress:
-        task = progress.add_task(f"{target.name}", total=job.total_bytes)
-        convert(job, target, lambda written: progress.advance(task, written))
+    try:
+        with _progress() as progress:
+            task = progress.add_task(target.name, total=job.total_bytes)
+            convert(job, target, lambda written: progress.advance(task, written))
+    except KeyboardInterrupt:
+        print("leadline weights: interrupted; the same command goes on from here", file=sys.stderr)
+        raise
     print(f"{target}: {size(job.total_bytes)} in {len(job.outputs)} weights, {job.naming} names")
     return 0
 

@@ -71,6 +71,17 @@ def test_convert_and_verify(folder: Path, tmp_path: Path, capsys: pytest.Capture
     assert "158 of 158 tensors are equal, value for value." in capsys.readouterr().out
 
 
+def test_an_interrupted_conversion_says_how_to_go_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(weights, "convert", interrupt)
+    assert entry.main(["weights", "convert", str(folder), str(tmp_path / "target")]) == 130
+    assert capsys.readouterr().err == "leadline weights: interrupted; the same command goes on from here\n"
+
+
 def test_scales_option(folder: Path, tmp_path: Path) -> None:
     assert weights.main(["convert", str(folder), str(tmp_path / "eight"), "format=fp8", "scales=e8m0"]) == 0
     tensors = load_file(tmp_path / "eight" / "model.safetensors")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from leadline.model.config import PRESETS, ModelConfig
 from leadline.model.transformer import Transformer
+from leadline.quant.policy import RELEASED
 from leadline.weights.names import (
     NAMINGS,
     TABLE,
@@ -182,6 +183,12 @@ def test_tensors_that_the_release_quantises() -> None:
     assert is_linear("mtp.0.main_proj.weight")
     experts = {name.split(".", 2)[-1] for name in names if is_experts(name)}
     assert experts == {"ffn.experts.w1", "ffn.experts.w2", "ffn.experts.w3"}
+
+
+def test_files_and_models_quantise_the_same_tensors() -> None:
+    for name in our_shapes(PRESETS["flash"]):
+        wanted = "fp8" if is_linear(name) else "fp4" if is_experts(name) else None
+        assert RELEASED.format_of(name) == wanted, name
 
 
 @pytest.mark.parametrize(

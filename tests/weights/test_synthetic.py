@@ -53,6 +53,14 @@ def test_draft_stages(tmp_path: Path) -> None:
     assert read.extra["dspark_markov_rank"] == 256
 
 
+@pytest.mark.parametrize("naming", ["official", "transformers"])
+def test_draft_stages_under_every_naming(tmp_path: Path, naming: str) -> None:
+    config = few_layers(TINY, 4, draft_stages=True)
+    make_checkpoint(tmp_path / "model", config, "bf16", naming=naming)
+    assert summarise(tmp_path / "model").problems == ()
+    assert ModelConfig.from_file(tmp_path / "model").compress_ratios == config.compress_ratios
+
+
 def test_the_seed_and_the_name_decide(tmp_path: Path) -> None:
     def tensors(folder: str, seed: int, **changes: int) -> dict[str, torch.Tensor]:
         make_checkpoint(tmp_path / folder, TINY.replace(**changes), "bf16", seed=seed, max_shard_bytes=50_000)
