@@ -65,19 +65,20 @@ def resumable_folder(target: str | Path, work: str, *, replaceable: Sequence[str
     therefore hold files already: the caller must let each file have its name only when it is complete.
 
     A ValueError (input that cannot be used) removes the folder; whatever else ends the block or the process leaves it.
-    BlockingIOError if another process is at this very work.
+    BlockingIOError if another process is making the same target.
     """
     target = Path(os.path.realpath(target))
     _check_replaceable(target, replaceable)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}.partial-{work}"
+    for other in target.parent.glob(f".{glob_escape(target.name)}.partial-*"):
+        if other != partial:
+            other_lock = _lock(other, target)
+            shutil.rmtree(other, ignore_errors=True)
+            os.close(other_lock)
     partial.mkdir(exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
+    lock = _lock(partial, target)
     try:
-        _lock(lock, target)
-        for other in target.parent.glob(f".{glob_escape(target.name)}.partial-*"):
-            if other != partial:
-                shutil.rmtree(other, ignore_errors=True)
         yield partial
         for file in sorted(partial.iterdir()):
             _sync(file)
@@ -94,12 +95,15 @@ def resumable_folder(target: str | Path, work: str, *, replaceable: Sequence[str
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _lock(descriptor: int, target: Path) -> None:
-    """Until the descriptor is closed, or the process ends in whatever way, no other process gets past this."""
+def _lock(folder: Path, target: Path) -> int:
+    """A descriptor of the folder: until it is closed, or the process ends in whatever way, nobody else gets one."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        os.close(descriptor)
         raise BlockingIOError(error.errno, f"{target} is being written by another process: wait for it") from None
+    return descriptor
 
 
 def _swap(temporary: Path, target: Path, old: Path) -> None:

@@ -249,8 +249,10 @@ def test_another_conversion_does_not_go_on_with_it(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_two_at_once_are_told_apart(tmp_path: Path, four: Path) -> None:
-    job = prepare(four, Conversion(format="fp8"))
+@pytest.mark.parametrize("format", ["fp8", "bf16"])
+def test_two_at_once_are_told_apart(tmp_path: Path, four: Path, format: str) -> None:
+    """Whether the second one is at the same work, or at another for the same target."""
+    job, other = (prepare(four, Conversion(format=wanted)) for wanted in ("fp8", format))
     tried = False
 
     def second(written: int) -> None:
@@ -258,11 +260,12 @@ def test_two_at_once_are_told_apart(tmp_path: Path, four: Path) -> None:
         if not tried:
             tried = True
             with pytest.raises(BlockingIOError, match=r"target is being written by another process"):
-                convert(job, tmp_path / "target")
+                convert(other, tmp_path / "target")
 
     convert(job, tmp_path / "target", second)
     assert tried
     assert all_equal(tmp_path / "target", four)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["four", "target"]
 
 
 # -- what is refused --
