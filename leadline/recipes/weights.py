@@ -34,7 +34,7 @@ used.
   leadline weights inspect DeepSeek-V4-Flash
   leadline weights convert DeepSeek-V4-Flash Flash-bf16 format=bf16 naming=transformers
   leadline weights verify Flash-bf16 DeepSeek-V4-Flash
-  leadline weights make /tmp/flash layers=3 experts=4
+  leadline weights make small-flash layers=3 experts=4
 """
 
 from __future__ import annotations
