@@ -34,7 +34,7 @@ E8M0 = torch.float8_e8m0fnu
 SCALE_DTYPES = (torch.float32, E8M0)
 
 # Pieces of a large matrix have at most about this many values: 4 MB in float32, which stays in a processor's cache.
-# Whole matrices take three to seven times as long.
+# Whole matrices take two to seven times as long.
 VALUES_PER_PIECE = 1 << 20
 
 
