@@ -378,7 +378,10 @@ def test_drafts_are_verified_and_taken_back(prompts: Prompts, data: st.DataObjec
         owner.reach(slot, seen)
         run_mtp(prompts.model, Segment.of(tokens[:seen], slots=[slot]), [tokens[1 : seen + 1]], state)
     for _ in range(4):
-        right = data.draw(st.integers(1, min(8, LENGTHS[number] - 1 - seen)))
+        rest = LENGTHS[number] - 1 - seen
+        if not rest:
+            break
+        right = data.draw(st.integers(1, min(8, rest)))
         wrong = torch.arange(data.draw(st.integers(0, 8 - right)))
         owner.reach(slot, seen + right + len(wrong))
         draft = torch.cat([tokens[seen : seen + right], wrong])
