@@ -72,6 +72,19 @@ def test_full_pages_may_be_shared_and_the_one_in_writing_may_not() -> None:
     table.check(1, 127, 10)
 
 
+def test_shared_pages_whose_entries_are_in_place_may_be_computed_again() -> None:
+    table = PageTable(2, 4, 3)
+    table.assign(0, [2, 1])
+    table.assign(1, [2, 1, 3], written=256)
+    assert (table.written(0), table.written(1)) == (0, 256)
+    table.check(1, 130, 126)
+    table.check(1, 130, 200)
+    with pytest.raises(PageError, match="slot 0 would write into page 1"):
+        table.check(0, 130, 126)
+    table.release(1)
+    assert table.written(1) == 0
+
+
 REFUSED = [
     (3, [0], "slot 3 does not exist: the state has 3 slots"),
     (-1, [0], "slot -1 does not exist"),

@@ -44,6 +44,15 @@ def test_only_what_fits_in_the_rings_is_looked_up(lengths: list[int], past: list
     assert (index.lookup is not None) == steps
 
 
+def test_tokens_that_are_computed_again_are_no_step() -> None:
+    """A step writes every entry that it finishes; what is in place must stay."""
+    pages = PageTable(1, 2, 2)
+    pages.assign(0, [1, 0], written=128)
+    layout = Layout(pages, in_place=True)
+    assert SegmentIndex(Segment.of([1], past=[127]), TINY, layout).lookup is None
+    assert SegmentIndex(Segment.of([1], past=[128]), TINY, layout).lookup is not None
+
+
 def test_without_a_state_nothing_is_looked_up() -> None:
     assert SegmentIndex(Segment.of([1], [2]), TINY, None).lookup is None
 
