@@ -45,10 +45,14 @@ class Compressor(nn.Module):
         rows = index.pool[self.ratio]
         values_TE = linear_fp32(x_TD, self.wkv.weight)
         scores_TE = linear_fp32(x_TD, self.wgate.weight) + self.ape[index.positions_T % self.ratio]
-        past = (values_TE, scores_TE) if state is None else state.with_past(values_TE, scores_TE, rows)
-        new_CD = gated_pool(*past, rows.rows_CG, self.width).to(x_TD.dtype)
-        new_CD = rounding(rope(rms_norm(new_CD, self.norm.weight, self.eps), *index.entry_rotation(self.ratio)))
         if state is None:
-            return new_CD
-        state.entries.write(rows.entry_rows_C, new_CD)
+            return rounding(self._entries(values_TE, scores_TE, index, x_TD.dtype))
+        past_and_new = state.with_past(values_TE, scores_TE, rows)
+        if len(rows.rows_CG):  # most decoding steps finish no entry
+            state.entries.write(rows.entry_rows_C, rounding(self._entries(*past_and_new, index, x_TD.dtype)))
         return state.entries.source if rows.seen_X is None else state.entries.read(rows.seen_X)
+
+    def _entries(self, values_YE: Tensor, scores_YE: Tensor, index: SegmentIndex, dtype: torch.dtype) -> Tensor:
+        """The entries that the segment makes [C, width], in `dtype`, not yet rounded to what the cache can hold."""
+        new_CD = gated_pool(values_YE, scores_YE, index.pool[self.ratio].rows_CG, self.width).to(dtype)
+        return rope(rms_norm(new_CD, self.norm.weight, self.eps), *index.entry_rotation(self.ratio))
