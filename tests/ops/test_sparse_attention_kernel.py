@@ -215,19 +215,25 @@ def test_a_sequence_without_an_entry_between_two_that_have_some(look_back: Calla
 @given(st.data())
 def test_inverse_lists(look_back: Callable[..., Any], data: st.DataObject) -> None:
     """The queries of each key and of each entry, and the picks of each entry, against the full masks."""
-    from leadline.ops.sparse_attention.kernel import picks_of_entries, queries_of_entries, queries_of_keys
+    from leadline.ops.sparse_attention import kernel
 
     case, _ = any_segment(look_back, data)
     t_T = torch.arange(case.queries)[:, None]
     for (start, stop), sees in (
-        (queries_of_keys(case.reach, case.keys), case.sees_key_TX),
-        (queries_of_entries(case.reach.first_entry_T, case.reach.visible_T, case.entries), case.sees_entry_TC),
+        (kernel.queries_of_keys(case.reach, case.keys), case.sees_key_TX),
+        (kernel.queries_of_entries(case.reach.first_entry_T, case.reach.visible_T, case.entries), case.sees_entry_TC),
     ):
         assert torch.equal((t_T >= start) & (t_T < stop), sees)
-    order_P, first_C = picks_of_entries(case.reach.first_entry_T, case.picked_TM, case.entries)
-    for entry in range(case.entries):
-        picks = order_P[first_C[entry] : first_C[entry + 1]]
-        assert torch.equal(picks // case.picked_TM.shape[1], case.sees_picked_TC[:, entry].nonzero().flatten())
+    chunk, num_picks = data.draw(st.integers(1, case.queries)), case.picked_TM.shape[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "PICKS_PER_SORT", data.draw(st.integers(1, 3)) * chunk * num_picks)
+        inverses = list(kernel.picks_of_entries(case.reach.first_entry_T, case.picked_TM, case.entries, chunk))
+    starts = range(0, case.queries, chunk)
+    for start, inverse in zip(starts, inverses, strict=True):
+        for entry in range(case.entries):
+            picks = inverse.order_P[inverse.first_C[entry] : inverse.first_C[entry + 1]] - inverse.skip
+            sees_t = case.sees_picked_TC[start : start + chunk, entry]
+            assert torch.equal(picks // num_picks, sees_t.nonzero().flatten())
 
 
 def test_slots_in_any_order() -> None:
@@ -256,25 +262,29 @@ def gluon() -> Any:
 @pytest.fixture
 def hopper(gluon: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The kernels for Hopper run instead of the others, interpreted."""
-    from leadline.ops.sparse_attention import hopper, kernel
+    from leadline.ops.sparse_attention import hopper, hopper_backward, hopper_forward, kernel
 
-    kernels = gluon.Kernels(Path(hopper.__file__))
+    shared = Path(hopper.__file__)
+    forward = gluon.Kernels(shared, Path(hopper_forward.__file__))
+    backward = gluon.Kernels(shared, Path(hopper_backward.__file__))
     launched = set()
 
     class Launcher:
-        def __init__(self, name: str):
-            self.name = name
+        def __init__(self, kernels: Any, name: str):
+            self.kernels, self.name = kernels, name
 
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             def launch(*arguments: Any, num_warps: int, **constants: Any) -> None:
                 launched.add(self.name)
-                kernels.run(self.name, grid, *arguments, **constants)
+                self.kernels.run(self.name, grid, *arguments, **constants)
 
             return launch
 
-    for name in ("fwd", "bwd_queries", "bwd_columns"):
+    places = [(hopper_forward, forward, "fwd")]
+    places += [(hopper_backward, backward, name) for name in ("bwd_queries", "bwd_columns")]
+    for module, kernels, name in places:
         name = f"sparse_attention_{name}_hopper_kernel"
-        monkeypatch.setattr(hopper, name, Launcher(name))
+        monkeypatch.setattr(module, name, Launcher(kernels, name))
     monkeypatch.setattr(kernel, "for_hopper", lambda q: True)
     yield
     assert len(launched) == 3

@@ -27,6 +27,7 @@ registers, and float32 products, which have no matrix unit, take small ones.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,8 @@ from torch.autograd.function import once_differentiable
 
 from leadline.ops.reach import Reach
 
-WORKSPACE_BYTES = 512 * 2**20
+WORKSPACE_BYTES = 384 * 2**20  # for the rows that picks contribute
+PICKS_PER_SORT = 2**22  # another 128 MiB
 LOG2_E = math.log2(math.e)
 
 
@@ -332,26 +334,27 @@ def sparse_attention_bwd_columns_kernel(
     _store(dvectors_SXK + s * X * K, x_X, x_X < X, dvectors, K, CHUNK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["skip"])
 def sparse_attention_bwd_picks_kernel(
-    rows_PBK, order_P, first_C, dentries_CK,
-    K: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    rows_PBK, order_P, first_C, skip, dentries_CK,
+    K: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dentries[c] += the rows of the picks of entry c: order[first[c]] to order[first[c + 1] - 1], in this order.
-    A pick has one row for each block of heads."""
+    """dentries[c] += the rows of the picks of entry c: order[first[c]] to order[first[c + 1] - 1], less skip. A pick has
+    one row for each block of heads."""
     c = tl.program_id(0).to(tl.int64)
     first, last = tl.load(first_C + c) * BLOCKS, tl.load(first_C + c + 1) * BLOCKS
     if first < last:
         column = tl.arange(0, WIDTH)
-        total = tl.zeros((WIDTH,), tl.float32)
-        for at in range(first, last, ROWS):
+        total = tl.zeros((ROWS, WIDTH), tl.float32)
+        # Some entries are picked by all: their rows are fetched a few steps ahead.
+        for at in tl.range(first, last, ROWS, num_stages=STAGES):
             place = at + tl.arange(0, ROWS)
-            row = tl.load(order_P + place // BLOCKS, mask=place < last, other=0) * BLOCKS + place % BLOCKS
+            pick = tl.load(order_P + place // BLOCKS, mask=place < last, other=skip) - skip
+            row = pick * BLOCKS + place % BLOCKS
             real = (place < last)[:, None] & (column < K)[None, :]
-            rows = tl.load(rows_PBK + row[:, None] * K + column[None, :], mask=real, other=0.0)
-            total += tl.sum(rows.to(tl.float32), 0)
+            total += tl.load(rows_PBK + row[:, None] * K + column[None, :], mask=real, other=0.0).to(tl.float32)
         here = dentries_CK + c * K + column
-        tl.store(here, tl.load(here, mask=column < K) + total, mask=column < K)
+        tl.store(here, tl.load(here, mask=column < K) + tl.sum(total, 0), mask=column < K)
 
 
 class Blocks(NamedTuple):
@@ -455,14 +458,31 @@ def queries_of_entries(first_entry_T: Tensor, visible_T: Tensor, num_entries: in
     return start_C, torch.where(seen_C, stop_N[run_C], 0)
 
 
-def picks_of_entries(first_entry_t: Tensor, picked_tM: Tensor, num_entries: int) -> tuple[Tensor, Tensor]:
-    """The inverse of lists of picks: the picks (numbers in [t, M]) sorted by entry and then by query, and [C + 1] where
-    in this order those of each entry begin."""
-    entry_tM = torch.where(picked_tM >= 0, first_entry_t[:, None] + picked_tM, num_entries)
-    # The sort looks at every bit of a number.
-    small = torch.int16 if num_entries < 2**15 else torch.int32
-    entry_P, order_P = torch.sort(entry_tM.flatten().to(small), stable=True)
-    return order_P, torch.searchsorted(entry_P, torch.arange(num_entries + 1, dtype=small, device=entry_P.device))
+class Inverse(NamedTuple):
+    """The lists of picks of a chunk of queries, turned around: order_P[first_C[c] : first_C[c + 1]] are the picks of
+    entry c by ascending query, each as its number in [queries of the chunk, M] plus `skip`. first_C: [C + 1]."""
+
+    order_P: Tensor
+    first_C: Tensor
+    skip: int
+
+
+def picks_of_entries(first_entry_T: Tensor, picked_TM: Tensor, num_entries: int, chunk: int) -> Iterator[Inverse]:
+    """The inverse of each chunk of queries in turn. A sort takes many chunks at once, which it tells apart by the
+    upper digits of its keys."""
+    num_queries, num_picks = picked_TM.shape
+    batch = max(1, PICKS_PER_SORT // (chunk * num_picks)) * chunk
+    for start in range(0, num_queries, batch):
+        picked_tM, first_entry_t1 = picked_TM[start : start + batch], first_entry_T[start : start + batch, None]
+        entry_tM = torch.where(picked_tM >= 0, first_entry_t1 + picked_tM, num_entries)
+        number_t1 = torch.arange(len(picked_tM), device=picked_TM.device)[:, None] // chunk
+        key_P = (number_t1 * (num_entries + 1) + entry_tM).to(torch.int32).flatten()
+        key_P, order_P = torch.sort(key_P, stable=True)
+        chunks = triton.cdiv(len(picked_tM), chunk)
+        keys = torch.arange(chunks * (num_entries + 1), dtype=torch.int32, device=picked_TM.device)
+        first_NC = torch.searchsorted(key_P, keys).view(chunks, num_entries + 1)
+        for number, first_C in enumerate(first_NC):
+            yield Inverse(order_P, first_C, number * chunk * num_picks)
 
 
 class _Operands(NamedTuple):
@@ -518,11 +538,11 @@ def _forward(x: _Operands) -> tuple[Tensor, Tensor]:
     vectors = x.q_THK, x.keys_XK, x.entries_CK, x.picked_TM, x.sink_H
     rest = *x.runs, o_THK, lse_TH
     if for_hopper(x.q_THK):
-        from leadline.ops.sparse_attention import hopper
+        from leadline.ops.sparse_attention import hopper_forward
 
-        grid = (num_queries * triton.cdiv(num_heads, hopper.ROWS),)
-        hopper.sparse_attention_fwd_hopper_kernel[grid](
-            *vectors, *rest, num_heads, x.num_picks, x.scale, K=width, ENTRIES=x.entries, num_warps=hopper.NUM_WARPS
+        items = num_queries * triton.cdiv(num_heads, 64)
+        hopper_forward.sparse_attention_fwd_hopper_kernel[(min(items, multiprocessors(x.q_THK.device)),)](
+            *vectors, *rest, items, num_heads, x.num_picks, x.scale, K=width, ENTRIES=x.entries, num_warps=4
         )
     else:
         blocks = _blocks(x.q_THK, FORWARD, x.most_queries, widest=512)
@@ -538,60 +558,49 @@ def _backward_queries(
     """dq, inner = do . o, and of picked entries the gradients, FP32 [C, K]."""
     num_queries, num_heads, width = x.q_THK.shape
     dq_THK, inner_TH = torch.empty_like(x.q_THK), torch.empty_like(lse_TH)
+    vectors = x.q_THK, do_THK, o_THK, x.keys_XK, x.entries_CK, x.picked_TM
+    results = dq_THK, inner_TH
     blocks = None
     if not for_hopper(x.q_THK):
         blocks = _blocks(x.q_THK, BACKWARD_QUERIES, x.most_queries, widest=128 if x.entries == "picked" else 512)
     head_blocks = triton.cdiv(num_heads, 64 if blocks is None else blocks.heads)
-    dentries_CK = rows_tMBK = None
-    chunk = num_queries
-    if x.entries == "picked":
-        assert x.entries_CK is not None
-        dentries_CK = torch.zeros_like(x.entries_CK, dtype=torch.float32)
-        row_bytes = x.num_picks * width * x.q_THK.element_size()
-        chunk = max(1, min(num_queries, WORKSPACE_BYTES // (head_blocks * row_bytes)))
-        rows_tMBK = x.q_THK.new_empty((chunk, x.num_picks, head_blocks, width))
-    operands = (
-        x.q_THK,
-        do_THK,
-        o_THK,
-        x.keys_XK,
-        x.entries_CK,
-        x.picked_TM,
-        *x.runs,
-        lse_TH,
-        dq_THK,
-        inner_TH,
-        rows_tMBK,
-    )
-    for start in range(0, num_queries, chunk):
-        stop = min(start + chunk, num_queries)
-        if blocks is None:
-            from leadline.ops.sparse_attention import hopper
 
-            hopper.sparse_attention_bwd_queries_hopper_kernel[((stop - start) * head_blocks,)](
-                *operands, start, num_heads, x.num_picks, x.scale,
-                K=width, ENTRIES=x.entries, num_warps=hopper.NUM_WARPS,
-            )  # fmt: skip
+    def launch(start: int, stop: int, rows_tMBK: Tensor | None) -> None:
+        operands = *vectors, *x.runs, lse_TH, *results, rows_tMBK, start
+        sizes = num_heads, x.num_picks, x.scale
+        if blocks is None:
+            from leadline.ops.sparse_attention import hopper_backward
+
+            items = (stop - start) * head_blocks
+            hopper_backward.sparse_attention_bwd_queries_hopper_kernel[(min(items, multiprocessors(x.q_THK.device)),)](
+                *operands, items, *sizes, K=width, ENTRIES=x.entries, num_warps=4
+            )
         else:
             sparse_attention_bwd_queries_kernel[(blocks.programs(stop - start, num_heads),)](
-                *operands, start, stop, num_heads, x.num_picks, x.scale,
-                K=width, ENTRIES=x.entries, **blocks.options,
-            )  # fmt: skip
-        if dentries_CK is not None and rows_tMBK is not None:
-            _add_picks(dentries_CK, rows_tMBK, x, start, stop)
-    return dq_THK, inner_TH, dentries_CK
+                *operands, stop, *sizes, K=width, ENTRIES=x.entries, **blocks.options
+            )
 
-
-def _add_picks(dentries_CK: Tensor, rows_tMBK: Tensor, x: _Operands, start: int, stop: int) -> None:
-    """Add to the gradients of the entries what the queries from start to stop - 1 have left in `rows`."""
+    if x.entries != "picked":
+        launch(0, num_queries, None)
+        return *results, None
+    assert x.entries_CK is not None
     assert x.picked_TM is not None
     assert x.reach.first_entry_T is not None
-    num_entries, width = dentries_CK.shape
-    order_P, first_C = picks_of_entries(x.reach.first_entry_T[start:stop], x.picked_TM[start:stop], num_entries)
-    sparse_attention_bwd_picks_kernel[(num_entries,)](
-        rows_tMBK, order_P, first_C, dentries_CK,
-        K=width, BLOCKS=rows_tMBK.shape[2], WIDTH=_power_of_two(width), ROWS=16, num_warps=4,
-    )  # fmt: skip
+    dentries_CK = torch.zeros_like(x.entries_CK, dtype=torch.float32)
+    row_bytes = head_blocks * x.num_picks * width * x.q_THK.element_size()
+    chunk = max(1, min(num_queries, WORKSPACE_BYTES // row_bytes))
+    rounds = chunk // multiprocessors(x.q_THK.device)
+    if rounds:  # whole rounds of programs, so that none idles at the end of a chunk
+        chunk = rounds * multiprocessors(x.q_THK.device)
+    rows_tMBK = x.q_THK.new_empty((chunk, x.num_picks, head_blocks, width))
+    inverses = picks_of_entries(x.reach.first_entry_T, x.picked_TM, len(dentries_CK), chunk)
+    for start, inverse in zip(range(0, num_queries, chunk), inverses, strict=True):
+        launch(start, min(start + chunk, num_queries), rows_tMBK)
+        sparse_attention_bwd_picks_kernel[(len(dentries_CK),)](
+            rows_tMBK, *inverse, dentries_CK,
+            K=width, BLOCKS=head_blocks, WIDTH=_power_of_two(width), ROWS=16, STAGES=3, num_warps=4,
+        )  # fmt: skip
+    return *results, dentries_CK
 
 
 def _backward_columns(
@@ -610,10 +619,10 @@ def _backward_columns(
     operands = x.q_THK, do_THK, vectors_XK, lse_TH, inner_TH, *runs, *queries, dvectors_SXK
     sizes = num_queries, num_heads, num_columns, triton.cdiv(num_queries, parts), x.scale
     if blocks is None:
-        from leadline.ops.sparse_attention import hopper
+        from leadline.ops.sparse_attention import hopper_backward
 
-        hopper.sparse_attention_bwd_columns_hopper_kernel[(programs, parts)](
-            *operands, *sizes, K=width, num_warps=hopper.NUM_WARPS
+        hopper_backward.sparse_attention_bwd_columns_hopper_kernel[(programs, parts)](
+            *operands, *sizes, K=width, num_warps=4
         )
     else:
         sparse_attention_bwd_columns_kernel[(programs, parts)](*operands, *sizes, K=width, **blocks.options)
@@ -623,8 +632,8 @@ def _backward_columns(
 def _parts(x: _Operands, programs: int) -> int:
     """Into how many parts the queries that see entries are cut: HCA has few entries, and each is seen by almost all
     queries, so that one program a block of entries would leave most of the device idle."""
-    wanted = 2 * multiprocessors(x.q_THK.device) // programs
-    return max(1, min(wanted, triton.cdiv(len(x.q_THK), 64)))
+    wanted = 8 * multiprocessors(x.q_THK.device) // programs
+    return max(1, min(wanted, triton.cdiv(len(x.q_THK), 32)))
 
 
 class SparseAttentionKernel(torch.autograd.Function):

@@ -1,0 +1,477 @@
+"""The backward of sparse attention for Hopper; `hopper.py` has the idea, `kernel.py` says which kernel sums what.
+
+Rows of q and do are interleaved, q_0, do_0, q_1, do_1, ...: one product with the columns then gives q . k and do . k in
+neighbouring registers of one thread, and their gradients g and weights w, interleaved again, give g^T q + w^T do in one
+product.
+
+`bwd_columns` works as the forward does, with the roles changed: 64 columns stay, and the tiles are 32 heads of a query
+at a time, q and do. The sum is the gradient of the columns, and no running maximum goes around.
+
+`bwd_queries` keeps q and do of 64 heads of one query, twice as much, so there is room for one tile of columns only. The
+multipliers share everything: each takes 32 heads of the scores, and half of the K columns of the sums. To have the next
+tile under way nevertheless, tiles are cut into pieces of K / 4 columns. A piece is handed back as soon as dq has it, and
+the next tile starts with the pieces that are there.
+
+Floors at 32K tokens of CSA, K = 512 and 64 heads: 5 products of [64, 64, K] for 64 picks, 3 for 64 window keys, and in
+`bwd_columns` 4 for 64 keys and 64 heads, half as many again because a block of 64 keys is seen by 191 queries, each of
+which sees no more than 128. Picks also write rows of 1 KiB to device memory, which `bwd_picks` reads again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from leadline.ops.sparse_attention.hopper import (
+    COPY,
+    COPY_ROWS,
+    LN_2,
+    LOADER_REGISTERS,
+    LOG2_E,
+    MULTIPLIER_REGISTERS,
+    PRODUCT,
+    SCALAR,
+    SHARED,
+    VECTOR,
+    Sources,
+    add_half,
+    barrier,
+    copy,
+    fill,
+    look,
+    new_mbarriers,
+    new_ring,
+    numbers,
+    pointers,
+    prefetch,
+    query,
+    rows_layout,
+    scores,
+    steps_of,
+    store,
+    tell,
+    unknown_zero,
+)
+
+
+@gluon.jit
+def _gradients(products, lse, inner, scale):
+    """From q . k and do . k, interleaved, [64, 64]: weights and gradients of the scores times K^-0.5, [64, 32]."""
+    q_products, do_products = gl.split(products.reshape([64, 32, 2]))
+    weights = gl.exp2(q_products * scale - lse[None, :])
+    return weights, weights * (do_products - inner[None, :]) * (scale * LN_2)
+
+
+@gluon.jit
+def _interleaved(gradients, weights):
+    return gl.join(gradients, weights).reshape([64, 64])
+
+
+class Columns(NamedTuple):
+    """Shared memory of `bwd_columns`. block: [1, 64, K], the columns. pairs: [2, 64, 64], gradients and weights."""
+
+    ring: Any
+    block: Any
+    pairs: Any
+    block_loaded: Any
+    pairs_done: Any
+
+
+class Part(NamedTuple):
+    """64 columns from `block` on, and queries low to high - 1, which a program sums over."""
+
+    block: Any
+    low: Any
+    high: Any
+    steps: Any
+
+
+@gluon.jit
+def _load_rows(s, q_THK, do_THK, vectors_XK, part, H, X, K: gl.constexpr):
+    """The loader of `bwd_columns`."""
+    row = gl.arange(0, 64, COPY_ROWS)
+    block_R = vectors_XK + part.block * K + row * K
+    for h in gl.static_range(2):
+        target = s.block.index(0).slice(h * (K // 2), K // 2, 1)
+        copy(target, block_R, part.block + row < X, h * (K // 2), s.block_loaded.index(0))
+    blocks = gl.cdiv(H, 32)
+    rows_R = gl.where(row % 2 == 0, q_THK, do_THK) + row // 2 * K
+    for step in range(0, part.steps):
+        t, head = part.low + step // blocks, step % blocks * 32
+        heads = gl.where(t < part.high, gl.minimum(H - head, 32), 0)
+        fill(s.ring, step % 2, step // 2, rows_R + (t * H + head) * K, row // 2 < heads, K)
+
+
+@gluon.jit
+def _own_rows(
+    s, sums, part, step, lse_TH, inner_TH, first_T, last_T, H, scale, W: gl.constexpr, K: gl.constexpr
+):  # fmt: skip
+    """A tile of this multiplier."""
+    products = scores(s.block, s.ring, step // 2, W, K)
+    HALF: gl.constexpr = gl.split(gl.zeros([64, 64], gl.float32, PRODUCT).reshape([64, 32, 2]))[0].type.layout
+    x = part.block + gl.arange(0, 64, gl.SliceLayout(1, HALF))
+    h = gl.arange(0, 32, gl.SliceLayout(0, HALF))
+    blocks = gl.cdiv(H, 32)
+    t, head = part.low + step // blocks, step % blocks * 32
+    real = (head + h < H) & (t < part.high)
+    lse = gl.load(lse_TH + (t * H + head) + h, mask=real, other=0.0) * LOG2_E
+    inner = gl.load(inner_TH + (t * H + head) + h, mask=real, other=0.0)
+    first = gl.load(first_T + t, mask=t < part.high, other=1)
+    last = gl.load(last_T + t, mask=t < part.high, other=0)
+    seen = ((x >= first) & (x <= last))[:, None]
+    weights, gradients = _gradients(warpgroup_mma_wait(0, [products]), lse, inner, scale)
+    # What is not seen may hold anything.
+    pairs = _interleaved(gl.where(seen, gradients, 0.0), gl.where(seen, weights, 0.0))
+    s.pairs.index(W).store(pairs.to(s.pairs.dtype))
+    fence_async_shared()
+    tell(s.pairs_done.index(W))
+    return add_half(sums, s.pairs, s.ring, W, step // 2, W, K)
+
+
+@gluon.jit
+def _other_rows(s, sums, step, W: gl.constexpr, K: gl.constexpr):
+    """A tile of the other multiplier."""
+    mbarrier.wait(s.pairs_done.index(1 - W), (step // 2) & 1)
+    return add_half(sums, s.pairs, s.ring, 1 - W, step // 2, W, K)
+
+
+@gluon.jit
+def _sum_rows(
+    s, part, lse_TH, inner_TH, first_T, last_T, dvectors_XK, H, X, scale, W: gl.constexpr, K: gl.constexpr
+):  # fmt: skip
+    """The multiplier W of `bwd_columns`."""
+    SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K // 2, 16])
+    OUT: gl.constexpr = gl.SliceLayout(1, rows_layout(K // 2))
+    sums = gl.zeros([64, K // 2], gl.float32, SUM)
+    mbarrier.wait(s.block_loaded.index(0), 0)
+    for step in range(0, part.steps, 2):
+        if W == 0:
+            sums = _own_rows(s, sums, part, step, lse_TH, inner_TH, first_T, last_T, H, scale, W, K)
+            if step + 1 < part.steps:
+                sums = _other_rows(s, sums, step + 1, W, K)
+        else:
+            sums = _other_rows(s, sums, step, W, K)
+            if step + 1 < part.steps:
+                sums = _own_rows(s, sums, part, step + 1, lse_TH, inner_TH, first_T, last_T, H, scale, W, K)
+    x = part.block + gl.arange(0, 64, OUT)
+    store(dvectors_XK, x, x < X, W * (K // 2), sums, K)
+
+
+@gluon.jit(do_not_specialize=["T", "X", "part"])
+def sparse_attention_bwd_columns_hopper_kernel(
+    q_THK, do_THK, vectors_XK, lse_TH, inner_TH, first_T, last_T, start_X, stop_X,
+    dvectors_SXK, T, H, X, part, scale,
+    K: gl.constexpr,
+):  # fmt: skip
+    """Gradient of 64 columns from queries s part to (s + 1) part - 1, where s is the second program index.
+
+    Query t sees the columns first_T[t] to last_T[t]; column x is seen by none but queries start_X[x] to stop_X[x] - 1.
+    """
+    dtype: gl.constexpr = q_THK.dtype.element_ty
+    s = Columns(
+        ring=new_ring(dtype, K),
+        block=gl.allocate_shared_memory(dtype, [1, 64, K], SHARED),
+        pairs=gl.allocate_shared_memory(dtype, [2, 64, 64], SHARED),
+        block_loaded=new_mbarriers(1, 256),
+        pairs_done=new_mbarriers(2, 1),
+    )
+    barrier()
+    block = gl.program_id(0).to(gl.int64) * 64
+    number = gl.program_id(1).to(gl.int64)
+    x = block + gl.arange(0, 64, SCALAR)
+    start = gl.load(start_X + x, mask=x < X, other=0)
+    stop = gl.load(stop_X + x, mask=x < X, other=0)
+    low = gl.maximum(gl.min(gl.where(start < stop, start, T), 0), number * part)
+    high = gl.minimum(gl.max(gl.where(start < stop, stop, 0), 0), (number + 1) * part)
+    # A step over the end sees no query. At least one, so that there is no path around the loop.
+    steps = gl.maximum((high - low).to(gl.int32) * gl.cdiv(H, 32), 1)
+    here = Part(block, low, high, steps)
+    dvectors_XK = dvectors_SXK + number * X * K
+    gl.warp_specialize(
+        [
+            (_sum_rows, (s, here, lse_TH, inner_TH, first_T, last_T, dvectors_XK, H, X, scale, 0, K)),
+            (_sum_rows, (s, here, lse_TH, inner_TH, first_T, last_T, dvectors_XK, H, X, scale, 1, K)),
+            (_load_rows, (s, q_THK, do_THK, vectors_XK, here, H, X, K)),
+        ],
+        [4, 4],
+        [MULTIPLIER_REGISTERS, LOADER_REGISTERS],
+    )
+
+
+class Queries(NamedTuple):
+    """Shared memory of `bwd_queries`. What is there twice belongs to tiles or queries in turn.
+
+    heads: [1, 128, K], q and do. pieces: [P, 64, K / 4], columns. pairs: [1, 64, 128] and gradients: [1, 64, 64], of all
+    heads. lse, inner: [2, 32], by multiplier. unseen: [2, 64], -inf where a column of a tile is none. steps: [2, 1], tiles
+    of a query, and of these window_steps: [2, 1] over the window.
+    """
+
+    heads: Any
+    pieces: Any
+    pairs: Any
+    gradients: Any
+    lse: Any
+    inner: Any
+    unseen: Any
+    steps: Any
+    window_steps: Any
+    heads_loaded: Any
+    heads_read: Any
+    full: Any
+    empty: Any
+    unseen_done: Any
+    pairs_done: Any
+    pairs_read: Any
+    steps_done: Any
+
+
+@gluon.jit
+def _place(tiles, p: gl.constexpr, PIECES: gl.constexpr, PLACES: gl.constexpr):
+    """Where piece p of a tile goes when `tiles` came before, and the phase of its mbarriers."""
+    number = (tiles & 0xFFFFFFF) * PIECES + p  # what is not negative is divided in fewer steps
+    return number % PLACES, (number // PLACES) & 1
+
+
+@gluon.jit
+def _load_columns(
+    s, q_THK, do_THK, sources, start, items, H,
+    K: gl.constexpr, ENTRIES: gl.constexpr, PIECES: gl.constexpr, PLACES: gl.constexpr,
+):  # fmt: skip
+    """The loader of `bwd_queries`."""
+    WIDTH: gl.constexpr = K // PIECES
+    row = gl.arange(0, 64, COPY_ROWS)
+    count, tiles = 0, 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        t, head = query(item, start, H)
+        picture = look(t, sources, K, ENTRIES)
+        steps = steps_of(picture)
+        nothing = gl.full([1], 0, gl.int32, SCALAR)
+        s.steps.index(count % 2).store(nothing + steps)
+        s.window_steps.index(count % 2).store(nothing + gl.cdiv(picture.window, 64))
+        tell(s.steps_done.index(count % 2))
+        for step in range(0, steps):
+            number = numbers(picture, step, ENTRIES)
+            rows_R = pointers(picture, step, number, K, ENTRIES)
+            for p in gl.static_range(PIECES):
+                place, phase = _place(tiles, p, PIECES, PLACES)
+                mbarrier.wait(s.empty.index(place), phase ^ 1)
+                copy(s.pieces.index(place), rows_R, number >= 0, p * WIDTH, s.full.index(place))
+            s.unseen.index(tiles % 2).store(gl.where(number >= 0, 0.0, float("-inf")))
+            tell(s.unseen_done.index(tiles % 2))
+            tiles += 1
+            if step == 0:
+                # The first columns need not wait until the last query has gone.
+                mbarrier.wait(s.heads_read.index(0), (count + 1) & 1)
+                heads_R = gl.where(row % 2 == 0, q_THK, do_THK) + (t * H + head) * K + row // 2 * K
+                for p in gl.static_range(PIECES):
+                    for r in gl.static_range(2):
+                        target = s.heads.index(0).slice(64 * r, 64, 0).slice(p * WIDTH, WIDTH, 1)
+                        real = head + 32 * r + row // 2 < H
+                        copy(target, heads_R + 32 * r * K, real, p * WIDTH, s.heads_loaded.index(p))
+                if item + gl.num_programs(0) < items:
+                    after, its_head = query(item + gl.num_programs(0), start, H)
+                    prefetch(q_THK + (after * H + its_head) * K, H - its_head, K)
+                    prefetch(do_THK + (after * H + its_head) * K, H - its_head, K)
+        count += 1
+
+
+@gluon.jit
+def _inner(do, o, rows, K: gl.constexpr):
+    """do . o of 32 rows."""
+    row = gl.arange(0, 32, COPY_ROWS)
+    inner = gl.zeros([32], gl.float32, COPY_ROWS)
+    for first in gl.static_range(0, K, 64):
+        here = (row * K)[:, None] + (first + gl.arange(0, 64, gl.SliceLayout(0, COPY)))[None, :]
+        real = (row < rows)[:, None]
+        products = gl.load(do + here, mask=real, other=0.0).to(gl.float32)
+        products = products * gl.load(o + here, mask=real, other=0.0).to(gl.float32)
+        inner += gl.sum(products, 1)
+    return inner
+
+
+@gluon.jit
+def _weigh(
+    s, step, tiles, count, scale,
+    W: gl.constexpr, K: gl.constexpr, ENTRIES: gl.constexpr, PIECES: gl.constexpr, PLACES: gl.constexpr,
+):  # fmt: skip
+    """Gradients, and with picks pairs, of a tile in shared memory: this multiplier's half, then it waits for the other
+    half."""
+    WIDTH: gl.constexpr = K // PIECES
+    zero = unknown_zero(tiles)
+    products = gl.zeros([64, 64], gl.float32, PRODUCT)
+    heads = s.heads.index(zero).slice(64 * W, 64, 0)
+    for p in gl.static_range(PIECES):
+        place, phase = _place(tiles, p, PIECES, PLACES)
+        mbarrier.wait(s.heads_loaded.index(p), count & 1, pred=step == 0)
+        mbarrier.wait(s.full.index(place), phase)
+        fence_async_shared()
+        products = warpgroup_mma(
+            s.pieces.index(place + zero), heads.slice(p * WIDTH, WIDTH, 1).permute([1, 0]), products,
+            use_acc=p > 0, is_async=True,
+        )  # fmt: skip
+    mbarrier.wait(s.unseen_done.index(tiles % 2), (tiles // 2) & 1)
+    HALF: gl.constexpr = gl.split(gl.zeros([64, 64], gl.float32, PRODUCT).reshape([64, 32, 2]))[0].type.layout
+    lse = s.lse.index(W).load(gl.SliceLayout(0, HALF))
+    inner = s.inner.index(W).load(gl.SliceLayout(0, HALF))
+    unseen = s.unseen.index(tiles % 2).load(gl.SliceLayout(1, HALF))
+    q_products, do_products = gl.split(warpgroup_mma_wait(0, [products]).reshape([64, 32, 2]))
+    weights = gl.exp2(q_products * scale - lse[None, :] + unseen[:, None])
+    gradients = weights * (do_products - inner[None, :]) * (scale * LN_2)
+    dtype: gl.constexpr = s.gradients.dtype
+    mbarrier.wait(s.pairs_read.index(1 - W), (tiles + 1) & 1)
+    s.gradients.index(0).slice(32 * W, 32, 1).store(gradients.to(dtype))
+    if ENTRIES == "picked":
+        s.pairs.index(0).slice(64 * W, 64, 1).store(gl.join(gradients, weights).reshape([64, 64]).to(dtype))
+    fence_async_shared()
+    tell(s.pairs_done.index(W))
+    mbarrier.wait(s.pairs_done.index(1 - W), tiles & 1)
+
+
+@gluon.jit
+def _add_to_dq(s, dq, tiles, W: gl.constexpr, PIECES: gl.constexpr, PLACES: gl.constexpr):
+    """dq + g columns for the pieces of this multiplier, in flight."""
+    zero = unknown_zero(tiles)
+    added = ()
+    for p in gl.static_range(PIECES // 2):
+        place = _place(tiles, W * (PIECES // 2) + p, PIECES, PLACES)[0]
+        gradients = s.gradients.index(zero).permute([1, 0])
+        added += (warpgroup_mma(gradients, s.pieces.index(place + zero), dq[p], is_async=True),)
+    return added
+
+
+@gluon.jit
+def _landed(flying, outstanding: gl.constexpr = 0):
+    landed = warpgroup_mma_wait(outstanding, flying)
+    if len(flying) == 1:
+        landed = (landed,)
+    return landed
+
+
+@gluon.jit
+def _rows_of_picks(s, zero, piece: gl.constexpr, ROWS: gl.constexpr):
+    """A piece of g^T q + w^T do for the columns of a tile, in flight; 2 ROWS pieces."""
+    WIDTH: gl.constexpr = s.heads.shape[2] // (2 * ROWS)
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    heads = s.heads.index(zero).slice(piece * WIDTH, WIDTH, 1)
+    zeros = gl.zeros([64, WIDTH], gl.float32, LAYOUT)
+    return warpgroup_mma(s.pairs.index(zero), heads, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _hand_back(s, tiles, W: gl.constexpr, PIECES: gl.constexpr, PLACES: gl.constexpr):
+    """dq has the pieces of this multiplier."""
+    barrier()
+    for p in gl.static_range(PIECES // 2):
+        place = _place(tiles, W * (PIECES // 2) + p, PIECES, PLACES)[0]
+        mbarrier.arrive(s.empty.index(place), count=1)
+
+
+@gluon.jit
+def _sum_columns(
+    s, do_THK, o_THK, lse_TH, dq_THK, inner_TH, rows_tMBK, start, items, H, M, scale,
+    W: gl.constexpr, K: gl.constexpr, ENTRIES: gl.constexpr, PIECES: gl.constexpr, PLACES: gl.constexpr, ROWS: gl.constexpr,
+):  # fmt: skip
+    """The multiplier W of `bwd_queries`: heads 32 W to 32 W + 31, and the columns of the sums from W K/2 on."""
+    WIDTH: gl.constexpr = K // PIECES
+    OWN: gl.constexpr = PIECES // 2
+    SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    OUT: gl.constexpr = gl.SliceLayout(1, rows_layout(K // 2 // ROWS))
+    QOUT: gl.constexpr = gl.SliceLayout(1, rows_layout(WIDTH))
+    count, tiles = 0, 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        t, head = query(item, start, H)
+        first = t * H + head + 32 * W
+        rows = H - head - 32 * W
+        row = gl.arange(0, 32, COPY_ROWS)
+        inner_R = _inner(do_THK + first * K, o_THK + first * K, rows, K)
+        gl.store(inner_TH + first + row, inner_R, mask=row < rows)
+        s.inner.index(W).store(inner_R)
+        s.lse.index(W).store(gl.load(lse_TH + first + row, mask=row < rows, other=0.0) * LOG2_E)
+        barrier()
+        mbarrier.wait(s.steps_done.index(count % 2), (count // 2) & 1)
+        steps = gl.max(s.steps.index(count % 2).load(SCALAR), 0)
+        window_steps = gl.max(s.window_steps.index(count % 2).load(SCALAR), 0)
+        dq = ()
+        for p in gl.static_range(OWN):
+            dq += (gl.zeros([64, WIDTH], gl.float32, SUM),)
+        for step in range(0, steps):
+            _weigh(s, step, tiles, count, scale, W, K, ENTRIES, PIECES, PLACES)
+            zero = unknown_zero(tiles)
+            if ENTRIES == "picked" and step >= window_steps:
+                out = rows_tMBK + ((t - start) * M + (step - window_steps) * 64) * (gl.cdiv(H, 64) * K) + head // 64 * K
+                at = gl.arange(0, 64, OUT) * gl.cdiv(H, 64)
+                real = s.unseen.index(tiles % 2).load(OUT) == 0.0
+                # A piece is stored while dq is multiplied.
+                flying = _rows_of_picks(s, zero, W * ROWS, ROWS)
+                dq_flying = _add_to_dq(s, dq, tiles, W, PIECES, PLACES)
+                store(out, at, real, W * (K // 2), warpgroup_mma_wait(OWN, [flying]), K)
+                dq = _landed(dq_flying)
+                _hand_back(s, tiles, W, PIECES, PLACES)
+                for p in gl.static_range(1, ROWS):
+                    piece = warpgroup_mma_wait(0, [_rows_of_picks(s, zero, W * ROWS + p, ROWS)])
+                    store(out, at, real, W * (K // 2) + p * (K // 2 // ROWS), piece, K)
+            else:
+                dq = _landed(_add_to_dq(s, dq, tiles, W, PIECES, PLACES))
+                _hand_back(s, tiles, W, PIECES, PLACES)
+            tell(s.pairs_read.index(W))
+            tiles += 1
+            if step + 1 == steps:
+                tell(s.heads_read.index(0))
+        row = gl.arange(0, 64, QOUT)
+        for p in gl.static_range(OWN):
+            store(dq_THK + (t * H + head) * K, row, head + row < H, (W * OWN + p) * WIDTH, dq[p], K)
+        count += 1
+
+
+@gluon.jit(do_not_specialize=["start"])
+def sparse_attention_bwd_queries_hopper_kernel(
+    q_THK, do_THK, o_THK, keys_XK, entries_CK, picked_TM, first_key_T, last_key_T, first_entry_T, visible_T, lse_TH,
+    dq_THK, inner_TH, rows_tMBK, start, items, H, M, scale,
+    K: gl.constexpr, ENTRIES: gl.constexpr, ROWS: gl.constexpr = 2,
+):  # fmt: skip
+    """dq and inner = do . o. items: queries from `start` on x blocks of 64 heads. With picks also `rows`: what each pick
+    contributes to the gradient of its entry, summed over 64 heads; B blocks of heads."""
+    PIECES: gl.constexpr = 4 if K >= 256 else 2
+    # Without pairs there is room for another piece.
+    PLACES: gl.constexpr = PIECES if ENTRIES == "picked" else PIECES + 1
+    PAIRS: gl.constexpr = 128 if ENTRIES == "picked" else 64
+    dtype: gl.constexpr = q_THK.dtype.element_ty
+    s = Queries(
+        heads=gl.allocate_shared_memory(dtype, [1, 128, K], SHARED),
+        pieces=gl.allocate_shared_memory(dtype, [PLACES, 64, K // PIECES], SHARED),
+        pairs=gl.allocate_shared_memory(dtype, [1, 64 if ENTRIES == "picked" else 8, 128], SHARED),
+        gradients=gl.allocate_shared_memory(dtype, [1, 64, 64], SHARED),
+        lse=gl.allocate_shared_memory(gl.float32, [2, 32], VECTOR),
+        inner=gl.allocate_shared_memory(gl.float32, [2, 32], VECTOR),
+        unseen=gl.allocate_shared_memory(gl.float32, [2, 64], VECTOR),
+        steps=gl.allocate_shared_memory(gl.int32, [2, 1], VECTOR),
+        window_steps=gl.allocate_shared_memory(gl.int32, [2, 1], VECTOR),
+        heads_loaded=new_mbarriers(PIECES, 256),
+        heads_read=new_mbarriers(1, 2),
+        full=new_mbarriers(PLACES, 128),
+        empty=new_mbarriers(PLACES, 1),
+        unseen_done=new_mbarriers(2, 1),
+        pairs_done=new_mbarriers(2, 1),
+        pairs_read=new_mbarriers(2, 1),
+        steps_done=new_mbarriers(2, 1),
+    )
+    barrier()
+    sources = Sources(keys_XK, entries_CK, picked_TM, first_key_T, last_key_T, first_entry_T, visible_T, M)
+    results = do_THK, o_THK, lse_TH, dq_THK, inner_TH, rows_tMBK
+    gl.warp_specialize(
+        [
+            (_sum_columns, (s, do_THK, o_THK, lse_TH, dq_THK, inner_TH, rows_tMBK, start, items, H, M, scale, 0, K, ENTRIES, PIECES, PLACES, ROWS)),
+            (_sum_columns, (s, do_THK, o_THK, lse_TH, dq_THK, inner_TH, rows_tMBK, start, items, H, M, scale, 1, K, ENTRIES, PIECES, PLACES, ROWS)),
+            (_load_columns, (s, q_THK, do_THK, sources, start, items, H, K, ENTRIES, PIECES, PLACES)),
+        ],
+        [4, 4],
+        [232, 40],
+    )
