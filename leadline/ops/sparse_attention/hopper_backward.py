@@ -242,7 +242,7 @@ def _place(tiles, p: gl.constexpr, PIECES: gl.constexpr, PLACES: gl.constexpr):
 
 @gluon.jit
 def _load_columns(
-    s, q_THK, do_THK, sources, start, items, H,
+    s, q_THK, do_THK, o_THK, sources, start, items, H,
     K: gl.constexpr, ENTRIES: gl.constexpr, PIECES: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
     """The loader of `bwd_queries`."""
@@ -269,18 +269,29 @@ def _load_columns(
             tiles += 1
             if step == 0:
                 # The first columns need not wait until the last query has gone.
-                mbarrier.wait(s.heads_read.index(0), (count + 1) & 1)
                 heads_R = gl.where(row % 2 == 0, q_THK, do_THK) + (t * H + head) * K + row // 2 * K
                 for p in gl.static_range(PIECES):
+                    mbarrier.wait(s.heads_read.index(p), (count + 1) & 1)
                     for r in gl.static_range(2):
                         target = s.heads.index(0).slice(64 * r, 64, 0).slice(p * WIDTH, WIDTH, 1)
                         real = head + 32 * r + row // 2 < H
                         copy(target, heads_R + 32 * r * K, real, p * WIDTH, s.heads_loaded.index(p))
-                if item + gl.num_programs(0) < items:
-                    after, its_head = query(item + gl.num_programs(0), start, H)
-                    prefetch(q_THK + (after * H + its_head) * K, H - its_head, K)
-                    prefetch(do_THK + (after * H + its_head) * K, H - its_head, K)
+                if ENTRIES != "picked":
+                    _prefetch_heads(q_THK, do_THK, o_THK, item + gl.num_programs(0), start, items, H, K)
+        if ENTRIES == "picked":
+            # Not before: the rows of picks would drive them out of the cache again.
+            _prefetch_heads(q_THK, do_THK, o_THK, item + gl.num_programs(0), start, items, H, K)
         count += 1
+
+
+@gluon.jit
+def _prefetch_heads(q_THK, do_THK, o_THK, item, start, items, H, K: gl.constexpr):
+    if item < items:
+        t, head = query(item, start, H)
+        here = (t * H + head) * K
+        prefetch(q_THK + here, H - head, K)
+        prefetch(do_THK + here, H - head, K)
+        prefetch(o_THK + here, H - head, K)
 
 
 @gluon.jit
@@ -340,25 +351,27 @@ def _add_to_dq(s, dq, tiles, W: gl.constexpr, PIECES: gl.constexpr, PLACES: gl.c
     """dq + g columns for the pieces of this multiplier, in flight."""
     zero = unknown_zero(tiles)
     added = ()
-    for p in gl.static_range(PIECES // 2):
-        place = _place(tiles, W * (PIECES // 2) + p, PIECES, PLACES)[0]
+    for p in gl.static_range(len(dq)):
+        place = _place(tiles, W * len(dq) + p, PIECES, PLACES)[0]
         gradients = s.gradients.index(zero).permute([1, 0])
         added += (warpgroup_mma(gradients, s.pieces.index(place + zero), dq[p], is_async=True),)
     return added
 
 
 @gluon.jit
-def _landed(flying, outstanding: gl.constexpr = 0):
-    landed = warpgroup_mma_wait(outstanding, flying)
-    if len(flying) == 1:
-        landed = (landed,)
-    return landed
+def _dq_landed(s, flying, tiles, W: gl.constexpr, PIECES: gl.constexpr, PLACES: gl.constexpr):
+    """The sums when they have landed; each piece of columns is handed back at once."""
+    dq = ()
+    for p in gl.static_range(len(flying)):
+        dq += (warpgroup_mma_wait(len(flying) - 1 - p, [flying[p]]),)
+        place = _place(tiles, W * len(flying) + p, PIECES, PLACES)[0]
+        tell(s.empty.index(place))
+    return dq
 
 
 @gluon.jit
-def _rows_of_picks(s, zero, piece: gl.constexpr, ROWS: gl.constexpr):
-    """A piece of g^T q + w^T do for the columns of a tile, in flight; 2 ROWS pieces."""
-    WIDTH: gl.constexpr = s.heads.shape[2] // (2 * ROWS)
+def _rows_of_picks(s, zero, piece: gl.constexpr, WIDTH: gl.constexpr):
+    """A piece of g^T q + w^T do for the columns of a tile, in flight."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     heads = s.heads.index(zero).slice(piece * WIDTH, WIDTH, 1)
     zeros = gl.zeros([64, WIDTH], gl.float32, LAYOUT)
@@ -366,25 +379,15 @@ def _rows_of_picks(s, zero, piece: gl.constexpr, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def _hand_back(s, tiles, W: gl.constexpr, PIECES: gl.constexpr, PLACES: gl.constexpr):
-    """dq has the pieces of this multiplier."""
-    barrier()
-    for p in gl.static_range(PIECES // 2):
-        place = _place(tiles, W * (PIECES // 2) + p, PIECES, PLACES)[0]
-        mbarrier.arrive(s.empty.index(place), count=1)
-
-
-@gluon.jit
 def _sum_columns(
     s, do_THK, o_THK, lse_TH, dq_THK, inner_TH, rows_tMBK, start, items, H, M, scale,
-    W: gl.constexpr, K: gl.constexpr, ENTRIES: gl.constexpr, PIECES: gl.constexpr, PLACES: gl.constexpr, ROWS: gl.constexpr,
+    W: gl.constexpr, K: gl.constexpr, ENTRIES: gl.constexpr, PIECES: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
     """The multiplier W of `bwd_queries`: heads 32 W to 32 W + 31, and the columns of the sums from W K/2 on."""
     WIDTH: gl.constexpr = K // PIECES
     OWN: gl.constexpr = PIECES // 2
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    OUT: gl.constexpr = gl.SliceLayout(1, rows_layout(K // 2 // ROWS))
-    QOUT: gl.constexpr = gl.SliceLayout(1, rows_layout(WIDTH))
+    OUT: gl.constexpr = gl.SliceLayout(1, rows_layout(WIDTH))
     count, tiles = 0, 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         t, head = query(item, start, H)
@@ -405,27 +408,33 @@ def _sum_columns(
         for step in range(0, steps):
             _weigh(s, step, tiles, count, scale, W, K, ENTRIES, PIECES, PLACES)
             zero = unknown_zero(tiles)
+            last = step + 1 == steps
             if ENTRIES == "picked" and step >= window_steps:
-                out = rows_tMBK + ((t - start) * M + (step - window_steps) * 64) * (gl.cdiv(H, 64) * K) + head // 64 * K
-                at = gl.arange(0, 64, OUT) * gl.cdiv(H, 64)
+                blocks = gl.cdiv(H, 64)
+                out = rows_tMBK + (((t - start) * M + (step - window_steps) * 64) * blocks + head // 64) * K
+                at = gl.arange(0, 64, OUT) * blocks
                 real = s.unseen.index(tiles % 2).load(OUT) == 0.0
-                # A piece is stored while dq is multiplied.
-                flying = _rows_of_picks(s, zero, W * ROWS, ROWS)
-                dq_flying = _add_to_dq(s, dq, tiles, W, PIECES, PLACES)
-                store(out, at, real, W * (K // 2), warpgroup_mma_wait(OWN, [flying]), K)
-                dq = _landed(dq_flying)
-                _hand_back(s, tiles, W, PIECES, PLACES)
-                for p in gl.static_range(1, ROWS):
-                    piece = warpgroup_mma_wait(0, [_rows_of_picks(s, zero, W * ROWS + p, ROWS)])
-                    store(out, at, real, W * (K // 2) + p * (K // 2 // ROWS), piece, K)
+                for p in gl.static_range(OWN):
+                    flying = _rows_of_picks(s, zero, W * OWN + p, WIDTH)
+                    if p == 0:
+                        # dq is multiplied while the first piece is stored.
+                        dq_flying = _add_to_dq(s, dq, tiles, W, PIECES, PLACES)
+                        piece = warpgroup_mma_wait(OWN, [flying])
+                    else:
+                        piece = warpgroup_mma_wait(0, [flying])
+                    if last:
+                        tell(s.heads_read.index(W * OWN + p))
+                    store(out, at, real, (W * OWN + p) * WIDTH, piece, K)
+                    if p == 0:
+                        dq = _dq_landed(s, dq_flying, tiles, W, PIECES, PLACES)
             else:
-                dq = _landed(_add_to_dq(s, dq, tiles, W, PIECES, PLACES))
-                _hand_back(s, tiles, W, PIECES, PLACES)
+                if last:
+                    for p in gl.static_range(OWN):
+                        tell(s.heads_read.index(W * OWN + p))
+                dq = _dq_landed(s, _add_to_dq(s, dq, tiles, W, PIECES, PLACES), tiles, W, PIECES, PLACES)
             tell(s.pairs_read.index(W))
             tiles += 1
-            if step + 1 == steps:
-                tell(s.heads_read.index(0))
-        row = gl.arange(0, 64, QOUT)
+        row = gl.arange(0, 64, OUT)
         for p in gl.static_range(OWN):
             store(dq_THK + (t * H + head) * K, row, head + row < H, (W * OWN + p) * WIDTH, dq[p], K)
         count += 1
@@ -435,7 +444,7 @@ def _sum_columns(
 def sparse_attention_bwd_queries_hopper_kernel(
     q_THK, do_THK, o_THK, keys_XK, entries_CK, picked_TM, first_key_T, last_key_T, first_entry_T, visible_T, lse_TH,
     dq_THK, inner_TH, rows_tMBK, start, items, H, M, scale,
-    K: gl.constexpr, ENTRIES: gl.constexpr, ROWS: gl.constexpr = 2,
+    K: gl.constexpr, ENTRIES: gl.constexpr,
 ):  # fmt: skip
     """dq and inner = do . o. items: queries from `start` on x blocks of 64 heads. With picks also `rows`: what each pick
     contributes to the gradient of its entry, summed over 64 heads; B blocks of heads."""
@@ -455,7 +464,7 @@ def sparse_attention_bwd_queries_hopper_kernel(
         steps=gl.allocate_shared_memory(gl.int32, [2, 1], VECTOR),
         window_steps=gl.allocate_shared_memory(gl.int32, [2, 1], VECTOR),
         heads_loaded=new_mbarriers(PIECES, 256),
-        heads_read=new_mbarriers(1, 2),
+        heads_read=new_mbarriers(PIECES, 1),
         full=new_mbarriers(PLACES, 128),
         empty=new_mbarriers(PLACES, 1),
         unseen_done=new_mbarriers(2, 1),
@@ -468,9 +477,9 @@ def sparse_attention_bwd_queries_hopper_kernel(
     results = do_THK, o_THK, lse_TH, dq_THK, inner_TH, rows_tMBK
     gl.warp_specialize(
         [
-            (_sum_columns, (s, do_THK, o_THK, lse_TH, dq_THK, inner_TH, rows_tMBK, start, items, H, M, scale, 0, K, ENTRIES, PIECES, PLACES, ROWS)),
-            (_sum_columns, (s, do_THK, o_THK, lse_TH, dq_THK, inner_TH, rows_tMBK, start, items, H, M, scale, 1, K, ENTRIES, PIECES, PLACES, ROWS)),
-            (_load_columns, (s, q_THK, do_THK, sources, start, items, H, K, ENTRIES, PIECES, PLACES)),
+            (_sum_columns, (s, do_THK, o_THK, lse_TH, dq_THK, inner_TH, rows_tMBK, start, items, H, M, scale, 0, K, ENTRIES, PIECES, PLACES)),
+            (_sum_columns, (s, do_THK, o_THK, lse_TH, dq_THK, inner_TH, rows_tMBK, start, items, H, M, scale, 1, K, ENTRIES, PIECES, PLACES)),
+            (_load_columns, (s, q_THK, do_THK, o_THK, sources, start, items, H, K, ENTRIES, PIECES, PLACES)),
         ],
         [4, 4],
         [232, 40],
