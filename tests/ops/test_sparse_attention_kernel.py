@@ -81,21 +81,7 @@ def check(
         assert difference(ours, theirs) <= bound, (name, difference(ours, theirs))
 
 
-@pytest.fixture
-def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter keeps scalars as arrays of one element, which NumPy no longer takes for an int."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
-
-
-interpreted = pytest.mark.usefixtures("_interpreter")
+interpreted = pytest.mark.usefixtures("loops_to_scalars")
 
 
 @interpreted
@@ -163,6 +149,30 @@ def test_rows_that_nobody_sees_may_hold_anything(look_back: Callable[..., Any], 
 
 @interpreted
 @pytest.mark.interpret
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch does, while it traces
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_by_torch(look_back: Callable[..., Any], mode: str) -> None:
+    """Forward and backward are one graph each."""
+    case = look_back([9, 3], [0, 20], 4, 2, 3)
+    inputs = operands(case, 2, 8)
+
+    def op(*inputs: Tensor) -> Tensor:
+        o, lse = attend(case, mode, inputs[0], inputs[1], inputs[2], inputs[3])
+        return o.square() * lse[..., None]
+
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    gradients = []
+    with implementation("kernel"):
+        for function in (op, compiled):
+            leaves = [x.detach().requires_grad_(not (mode == "window" and place == 2)) for place, x in enumerate(inputs)]
+            wanted = [x for x in leaves if x.requires_grad]
+            gradients.append(torch.autograd.grad(function(*leaves).sum(), wanted))
+    for found, wanted in zip(*gradients, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@interpreted
+@pytest.mark.interpret
 @pytest.mark.parametrize("height", [float("-inf"), 50.0, 1e4])
 def test_extreme_sinks(look_back: Callable[..., Any], height: float) -> None:
     """At -inf the sum is a plain softmax; far above the scores the output is zero, and lse is the sink."""
@@ -220,7 +230,7 @@ def test_inverse_lists(look_back: Callable[..., Any], data: st.DataObject) -> No
     case, _ = any_segment(look_back, data)
     t_T = torch.arange(case.queries)[:, None]
     for (start, stop), sees in (
-        (kernel.queries_of_keys(case.reach, case.keys), case.sees_key_TX),
+        (kernel.queries_of_keys(case.reach.first_key_T, case.reach.last_key_T, case.keys), case.sees_key_TX),
         (kernel.queries_of_entries(case.reach.first_entry_T, case.reach.visible_T, case.entries), case.sees_entry_TC),
     ):
         assert torch.equal((t_T >= start) & (t_T < stop), sees)

@@ -28,11 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from leadline.ops.lightning_indexer.kernel import Reached, head_sums, multiprocessors
 from leadline.ops.opaque import opaque
-from leadline.ops.sparse_attention.kernel import (
-    picks_of_entries,
-    queries_of_entries,
-    sparse_attention_bwd_picks_kernel,
-)
+from leadline.ops.sparse_attention.kernel import add_picks, picks_of_entries, queries_of_entries
 
 WORKSPACE_BYTES = 256 * 2**20
 
@@ -279,22 +275,16 @@ def _bwd_picks(x: _Operands, dkl_T: Tensor, gradients_TM: Tensor) -> tuple[Tenso
     dkeys_CI = torch.zeros_like(x.keys_CI, dtype=torch.float32)
     _bwd_queries(x, dkl_T, gradients_TM, 0, dq_TJI, dweight_TJ)
     blocks = triton.cdiv(heads, tiles["HEADS"])
-    bytes_of_query = picks * blocks * width * x.q_TJI.element_size()
-    chunk = max(1, min(num_queries, WORKSPACE_BYTES // bytes_of_query))
-    rows_tMBI = x.q_TJI.new_empty((chunk, picks, blocks, width))
-    for start in range(0, num_queries, chunk):
-        stop = min(start + chunk, num_queries)
+    row_bytes = picks * blocks * width * x.q_TJI.element_size()
+    rows_tMBI = x.q_TJI.new_empty((max(1, min(num_queries, WORKSPACE_BYTES // row_bytes)), picks, blocks, width))
+    inverses = picks_of_entries(x.reached.first_entry_T, x.picked_TM, len(x.keys_CI), len(rows_tMBI))
+    for start, inverse in zip(range(0, num_queries, len(rows_tMBI)), inverses, strict=True):
+        stop = min(start + len(rows_tMBI), num_queries)
         indexer_loss_bwd_rows_kernel[((stop - start) * blocks,)](
             x.q_TJI, x.weight_TJ, x.keys_CI, x.picked_TM, x.reached.first_entry_T, x.reached.visible_T, dkl_T,
             gradients_TM[start:stop], rows_tMBI, start, heads, picks, **tiles,
         )  # fmt: skip
-        order_P, first_C = picks_of_entries(
-            x.reached.first_entry_T[start:stop], x.picked_TM[start:stop], len(x.keys_CI)
-        )
-        sparse_attention_bwd_picks_kernel[(len(x.keys_CI),)](
-            rows_tMBI, order_P, first_C, dkeys_CI,
-            K=width, BLOCKS=blocks, WIDTH=tiles["PADDED"], ROWS=max(1, 8192 // tiles["PADDED"]), num_warps=4,
-        )  # fmt: skip
+        add_picks(rows_tMBI, inverse, dkeys_CI)
     return dq_TJI, dweight_TJ, dkeys_CI
 
 

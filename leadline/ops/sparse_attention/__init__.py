@@ -31,5 +31,6 @@ def sparse_attention(
     if use_kernel("sparse_attention", q_THK):
         from leadline.ops.sparse_attention.kernel import SparseAttentionKernel
 
-        return SparseAttentionKernel.apply(q_THK, keys_XK, entries_CK, sink_H, reach, picked_TM)
+        runs = reach.first_key_T, reach.last_key_T, reach.first_entry_T, reach.visible_T
+        return SparseAttentionKernel.apply(q_THK, keys_XK, entries_CK, sink_H, *runs, len(reach.lengths), picked_TM)
     return SparseAttention.apply(q_THK, keys_XK, entries_CK, sink_H, reach, picked_TM)

@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from leadline.ops.reach import Reach
+from leadline.ops.opaque import opaque
 
 WORKSPACE_BYTES = 384 * 2**20  # for the rows that picks contribute
 PICKS_PER_SORT = 2**22  # another 128 MiB
@@ -429,10 +429,10 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def queries_of_keys(reach: Reach, num_keys: int) -> tuple[Tensor, Tensor]:
+def queries_of_keys(first_key_T: Tensor, last_key_T: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
     """The run of queries that see each window key: the first, and the one behind the last; int64 [X]."""
-    x_X = torch.arange(num_keys, device=reach.last_key_T.device)
-    return torch.searchsorted(reach.last_key_T, x_X), torch.searchsorted(reach.first_key_T, x_X, right=True)
+    x_X = torch.arange(num_keys, device=last_key_T.device)
+    return torch.searchsorted(last_key_T, x_X), torch.searchsorted(first_key_T, x_X, right=True)
 
 
 def queries_of_entries(first_entry_T: Tensor, visible_T: Tensor, num_entries: int) -> tuple[Tensor, Tensor]:
@@ -485,6 +485,15 @@ def picks_of_entries(first_entry_T: Tensor, picked_TM: Tensor, num_entries: int,
             yield Inverse(order_P, first_C, number * chunk * num_picks)
 
 
+def add_picks(rows_tMBK: Tensor, inverse: Inverse, sums_CK: Tensor) -> None:
+    """Add to each entry's sum, FP32, the rows of its picks: what each of B blocks of heads contributes."""
+    _, _, blocks, width = rows_tMBK.shape
+    sparse_attention_bwd_picks_kernel[(len(sums_CK),)](
+        rows_tMBK, *inverse, sums_CK,
+        K=width, BLOCKS=blocks, WIDTH=_power_of_two(width), ROWS=16, STAGES=3, num_warps=4,
+    )  # fmt: skip
+
+
 class _Operands(NamedTuple):
     """What every kernel gets; the tensors are contiguous."""
 
@@ -492,7 +501,11 @@ class _Operands(NamedTuple):
     keys_XK: Tensor
     entries_CK: Tensor | None
     sink_H: Tensor
-    reach: Reach
+    first_key_T: Tensor
+    last_key_T: Tensor
+    first_entry_T: Tensor | None
+    visible_T: Tensor | None
+    num_sequences: int
     picked_TM: Tensor | None
 
     @property
@@ -516,12 +529,12 @@ class _Operands(NamedTuple):
     @property
     def most_queries(self) -> int:
         """Per tile: one if every query has columns of its own, and not many more than a short sequence has."""
-        return 1 if self.entries == "picked" else max(1, len(self.q_THK) // len(self.reach.lengths))
+        return 1 if self.entries == "picked" else max(1, len(self.q_THK) // self.num_sequences)
 
     @property
     def runs(self) -> tuple[Tensor | None, ...]:
         """What each query sees, as the kernels take it."""
-        return self.reach.first_key_T, self.reach.last_key_T, self.reach.first_entry_T, self.reach.visible_T
+        return self.first_key_T, self.last_key_T, self.first_entry_T, self.visible_T
 
 
 def for_hopper(q_THK: Tensor) -> bool:
@@ -585,7 +598,7 @@ def _backward_queries(
         return *results, None
     assert x.entries_CK is not None
     assert x.picked_TM is not None
-    assert x.reach.first_entry_T is not None
+    assert x.first_entry_T is not None
     dentries_CK = torch.zeros_like(x.entries_CK, dtype=torch.float32)
     row_bytes = head_blocks * x.num_picks * width * x.q_THK.element_size()
     chunk = max(1, min(num_queries, WORKSPACE_BYTES // row_bytes))
@@ -593,13 +606,10 @@ def _backward_queries(
     if rounds:  # whole rounds of programs, so that none idles at the end of a chunk
         chunk = rounds * multiprocessors(x.q_THK.device)
     rows_tMBK = x.q_THK.new_empty((chunk, x.num_picks, head_blocks, width))
-    inverses = picks_of_entries(x.reach.first_entry_T, x.picked_TM, len(dentries_CK), chunk)
+    inverses = picks_of_entries(x.first_entry_T, x.picked_TM, len(dentries_CK), chunk)
     for start, inverse in zip(range(0, num_queries, chunk), inverses, strict=True):
         launch(start, min(start + chunk, num_queries), rows_tMBK)
-        sparse_attention_bwd_picks_kernel[(len(dentries_CK),)](
-            rows_tMBK, *inverse, dentries_CK,
-            K=width, BLOCKS=head_blocks, WIDTH=_power_of_two(width), ROWS=16, STAGES=3, num_warps=4,
-        )  # fmt: skip
+        add_picks(rows_tMBK, inverse, dentries_CK)
     return *results, dentries_CK
 
 
@@ -636,8 +646,67 @@ def _parts(x: _Operands, programs: int) -> int:
     return max(1, min(wanted, triton.cdiv(len(x.q_THK), 32)))
 
 
+def _operands(
+    q_THK: Tensor, keys_XK: Tensor, entries_CK: Tensor | None, sink_H: Tensor,
+    first_key_T: Tensor, last_key_T: Tensor, first_entry_T: Tensor | None, visible_T: Tensor | None,
+    num_sequences: int, picked_TM: Tensor | None,
+) -> _Operands:  # fmt: skip
+    tensors = q_THK, keys_XK, entries_CK, sink_H, first_key_T, last_key_T, first_entry_T, visible_T, picked_TM
+    *most, last = (None if x is None else x.contiguous() for x in tensors)
+    return _Operands(*most, num_sequences, last)
+
+
+def _empty_results(q_THK: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q_THK.new_empty(q_THK.shape), q_THK.new_empty(q_THK.shape[:2], dtype=torch.float32)
+
+
+@opaque(_empty_results)
+def forward(
+    q_THK: Tensor, keys_XK: Tensor, entries_CK: Tensor | None, sink_H: Tensor,
+    first_key_T: Tensor, last_key_T: Tensor, first_entry_T: Tensor | None, visible_T: Tensor | None,
+    num_sequences: int, picked_TM: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o and lse."""
+    runs = first_key_T, last_key_T, first_entry_T, visible_T
+    return _forward(_operands(q_THK, keys_XK, entries_CK, sink_H, *runs, num_sequences, picked_TM))
+
+
+def _empty_gradients(_do: Tensor, _o: Tensor, _lse: Tensor, *operands: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in operands[:4] if x is not None]
+
+
+@opaque(_empty_gradients)
+def backward(
+    do_THK: Tensor, o_THK: Tensor, lse_TH: Tensor,
+    q_THK: Tensor, keys_XK: Tensor, entries_CK: Tensor | None, sink_H: Tensor,
+    first_key_T: Tensor, last_key_T: Tensor, first_entry_T: Tensor | None, visible_T: Tensor | None,
+    num_sequences: int, picked_TM: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of q, keys, entries unless there are none, and sink, each in its dtype."""
+    runs = first_key_T, last_key_T, first_entry_T, visible_T
+    x = _operands(q_THK, keys_XK, entries_CK, sink_H, *runs, num_sequences, picked_TM)
+    do_THK = do_THK.contiguous()
+    dq_THK, inner_TH, dpicked_CK = _backward_queries(x, o_THK, lse_TH, do_THK)
+    dsink_H = -(torch.exp(x.sink_H - lse_TH) * inner_TH).sum(0)
+    window = x.first_key_T, x.last_key_T
+    queries = queries_of_keys(*window, len(keys_XK))
+    dkeys_XK = _backward_columns(x, do_THK, lse_TH, inner_TH, x.keys_XK, window, queries)
+    if x.entries_CK is None:
+        return [dq_THK, dkeys_XK, dsink_H]
+    dentries_CK = torch.zeros_like(x.entries_CK)
+    if dpicked_CK is not None:
+        dentries_CK = dpicked_CK.to(x.entries_CK.dtype)
+    elif x.entries == "visible":
+        assert x.first_entry_T is not None
+        assert x.visible_T is not None
+        seen = x.first_entry_T, x.first_entry_T + x.visible_T - 1
+        queries = queries_of_entries(x.first_entry_T, x.visible_T, len(x.entries_CK))
+        dentries_CK = _backward_columns(x, do_THK, lse_TH, inner_TH, x.entries_CK, seen, queries)
+    return [dq_THK, dkeys_XK, dentries_CK, dsink_H]
+
+
 class SparseAttentionKernel(torch.autograd.Function):
-    """The operation of `reference.SparseAttention`, for vectors of 16 or 32 bits."""
+    """The operation of `reference.SparseAttention`, for vectors of 16 or 32 bits, with the parts of `Reach`."""
 
     @staticmethod
     def forward(
@@ -646,42 +715,25 @@ class SparseAttentionKernel(torch.autograd.Function):
         keys_XK: Tensor,
         entries_CK: Tensor | None,
         sink_H: Tensor,
-        reach: Reach,
+        first_key_T: Tensor,
+        last_key_T: Tensor,
+        first_entry_T: Tensor | None,
+        visible_T: Tensor | None,
+        num_sequences: int,
         picked_TM: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        x = _Operands(
-            q_THK.contiguous(),
-            keys_XK.contiguous(),
-            None if entries_CK is None else entries_CK.contiguous(),
-            sink_H.contiguous(),
-            reach,
-            None if picked_TM is None else picked_TM.contiguous(),
-        )
-        o_THK, lse_TH = _forward(x)
-        ctx.save_for_backward(*x[:4], x.picked_TM, o_THK, lse_TH)
-        ctx.reach = reach
+        tensors = q_THK, keys_XK, entries_CK, sink_H, first_key_T, last_key_T, first_entry_T, visible_T
+        o_THK, lse_TH = forward(*tensors, num_sequences, picked_TM)
+        ctx.save_for_backward(o_THK, lse_TH, *tensors, picked_TM)
+        ctx.num_sequences = num_sequences
         ctx.mark_non_differentiable(lse_TH)
         return o_THK, lse_TH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do_THK: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-        q_THK, keys_XK, entries_CK, sink_H, picked_TM, o_THK, lse_TH = ctx.saved_tensors
-        reach: Reach = ctx.reach
-        x = _Operands(q_THK, keys_XK, entries_CK, sink_H, reach, picked_TM)
-        do_THK = do_THK.contiguous()
-        dq_THK, inner_TH, dpicked_CK = _backward_queries(x, o_THK, lse_TH, do_THK)
-        dsink_H = -(torch.exp(sink_H - lse_TH) * inner_TH).sum(0)
-        rows = x, do_THK, lse_TH, inner_TH
-        window = reach.first_key_T, reach.last_key_T
-        dkeys_XK = _backward_columns(*rows, keys_XK, window, queries_of_keys(reach, len(keys_XK)))
-        dentries_CK = None if entries_CK is None else torch.zeros_like(entries_CK)
-        if dpicked_CK is not None:
-            dentries_CK = dpicked_CK.to(q_THK.dtype)
-        elif x.entries == "visible":
-            assert reach.first_entry_T is not None
-            assert reach.visible_T is not None
-            seen = reach.first_entry_T, reach.first_entry_T + reach.visible_T - 1
-            queries = queries_of_entries(reach.first_entry_T, reach.visible_T, len(entries_CK))
-            dentries_CK = _backward_columns(*rows, entries_CK, seen, queries)
-        return dq_THK, dkeys_XK, dentries_CK, dsink_H, None, None
+        o_THK, lse_TH, *tensors, picked_TM = ctx.saved_tensors
+        dq_THK, dkeys_XK, *dentries_CK, dsink_H = backward(
+            do_THK, o_THK, lse_TH, *tensors, ctx.num_sequences, picked_TM
+        )
+        return dq_THK, dkeys_XK, dentries_CK[0] if dentries_CK else None, dsink_H, *((None,) * 6)
