@@ -72,6 +72,11 @@ def grouped_output(x_TOX: Tensor, weight: Tensor) -> Tensor:
 def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T with FP32 arithmetic and an FP32 result, for the places where the report keeps full precision: compressor
     projections, router and head."""
+    bfloat16 = x.dtype == weight.dtype == torch.bfloat16
+    if x.is_cuda and bfloat16 and not torch.is_grad_enabled():
+        # Products of bfloat16 numbers are exact in FP32, so the matrix units may take them as they are: the head's
+        # weight is not copied into FP32 for every token.
+        return torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32).unflatten(0, x.shape[:-1])
     return nn.functional.linear(wide(x), wide(weight))
 
 
