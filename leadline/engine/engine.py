@@ -18,6 +18,7 @@ those that the right token will overwrite, and no query looks at them before.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,14 +34,19 @@ from leadline.engine.sequence import Event, Finish, Sequence, Token, Usage
 from leadline.model.page_table import PAGE_TOKENS
 from leadline.model.state import State
 from leadline.model.transformer import Output, Transformer
+from leadline.ops.invariance import batch_invariant
 
 
 @dataclass(frozen=True)
 class Settings:
-    """slots: most sequences that run at once. pages: of 128 tokens each, for the entries of all of them and of the
-    prefix cache. max_tokens: most tokens of one sequence, prompt and output; None: as many as the pages hold, and no
-    more than the model's context. step_tokens: most tokens of a step. block_bytes: most memory for the fixed blocks of
-    the prefix cache. speculate: guess with the MTP block."""
+    """How an engine serves.
+
+    slots: most sequences that run at once. pages: of 128 tokens each, for the entries of all of them and of the prefix
+    cache. max_tokens: most tokens of one sequence, prompt and output; None: as many as the pages hold, and no more than
+    the model's context. step_tokens: most tokens of a step. block_bytes: most memory for the fixed blocks of the prefix
+    cache. speculate: guess with the MTP block. batch_invariant: a sequence's logits are the same bits whatever else is
+    served and however its prompt is cut or cached (`ops/invariance.py`); slower, and on the CPU only.
+    """
 
     slots: int = 8
     pages: int = 512
@@ -49,6 +55,7 @@ class Settings:
     policy: WindowPolicy = PERIODIC
     block_bytes: int = 2**30
     speculate: bool = False
+    batch_invariant: bool = False
 
 
 class Engine:
@@ -57,6 +64,8 @@ class Engine:
     def __init__(self, model: Transformer, settings: Settings, disk: DiskCache | None = None):
         if settings.speculate and not model.mtp:
             raise ValueError("speculation needs the MTP block: build the model with_mtp=True")
+        if settings.batch_invariant and model.embed.weight.is_cuda:
+            raise ValueError("batch_invariant holds for the CPU: move the model there, or serve without it")
         if settings.step_tokens < PAGE_TOKENS:
             raise ValueError(f"step_tokens is {settings.step_tokens}: expected at least a page, {PAGE_TOKENS}")
         config, weight = model.config, model.embed.weight
@@ -140,11 +149,12 @@ class Engine:
         passes: dict[int, list[tuple[Sequence, Share]]] = {}
         for sequence, share in shares:
             passes.setdefault(self._step_length(sequence, share), []).append((sequence, share))
-        for length, part in passes.items():
-            try:
-                self._run(part, step=length > 0)
-            except torch.OutOfMemoryError as error:
-                self._survive(part, error)
+        with batch_invariant() if self.settings.batch_invariant else nullcontext():
+            for length, part in passes.items():
+                try:
+                    self._run(part, step=length > 0)
+                except torch.OutOfMemoryError as error:
+                    self._survive(part, error)
         events, self._events = self._events, []
         return events
 

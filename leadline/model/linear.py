@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from leadline.ops.invariance import is_batch_invariant, rows_times
 from leadline.ops.precision import wide
 from leadline.ops.quantized_linear import QuantizedWeight, quantized_linear
 
@@ -30,7 +31,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.register_buffer("scale", None)
         self.register_buffer("block_scale", None, persistent=False)
-        self.product: Callable[[Tensor, Tensor], Tensor] = nn.functional.linear
+        self.product: Callable[[Tensor, Tensor], Tensor] = product
 
     def forward(self, x: Tensor) -> Tensor:
         if self.scale is None:
@@ -40,6 +41,11 @@ class Linear(nn.Module):
     def hold(self, weight: QuantizedWeight, name: str = "weight") -> None:
         """Replace the weight by a quantised one of the same shape; it no longer trains."""
         hold(self, name, weight)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T of x [..., N] and a floating weight [O, N]."""
+    return rows_times(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
 
 
 class GroupedOutput(Linear):
@@ -66,6 +72,8 @@ class GroupedOutput(Linear):
 def grouped_output(x_TOX: Tensor, weight: Tensor) -> Tensor:
     """y_to = W_o x_to for the O maps that are stacked in weight [O L, X]: [T, O, L]."""
     weight_OLX = weight.unflatten(0, (x_TOX.shape[1], -1))
+    if is_batch_invariant():
+        return torch.stack([rows_times(x, w) for x, w in zip(x_TOX.unbind(1), weight_OLX, strict=True)], dim=1)
     return torch.bmm(x_TOX.transpose(0, 1), weight_OLX.mT).transpose(0, 1)
 
 
@@ -77,7 +85,7 @@ def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
         # Products of bfloat16 numbers are exact in FP32, so the matrix units may take them as they are: the head's
         # weight is not copied into FP32 for every token.
         return torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32).unflatten(0, x.shape[:-1])
-    return nn.functional.linear(wide(x), wide(weight))
+    return product(wide(x), wide(weight))
 
 
 class Norm(nn.Module):

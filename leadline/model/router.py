@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from leadline.model.config import ModelConfig
 from leadline.model.linear import linear_fp32
+from leadline.ops.invariance import rowwise
 
 # softplus underflows to 0 for logits below -104. The root's gradient would be NaN there, and A zero scores would divide
 # by zero; the floors change no score of a logit above -82.
@@ -48,7 +49,8 @@ class Gate(nn.Module):
         self.register_buffer("tid2eid", table)
 
     def forward(self, x_TD: Tensor, tokens_T: Tensor) -> Route:
-        scores_TE = nn.functional.softplus(linear_fp32(x_TD, self.weight)).clamp_min(SOFTPLUS_FLOOR).sqrt()
+        softplus_TE = rowwise(nn.functional.softplus, linear_fp32(x_TD, self.weight))
+        scores_TE = softplus_TE.clamp_min(SOFTPLUS_FLOOR).sqrt()
         if self.tid2eid is not None:
             experts_TA = self.tid2eid[tokens_T]
         else:

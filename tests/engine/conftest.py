@@ -17,8 +17,12 @@ from leadline.model.transformer import Transformer
 
 @pytest.fixture(scope="session")
 def model() -> Transformer:
-    generator = torch.Generator().manual_seed(7)
-    model = Transformer(TINY).double()
+    return random_weights(Transformer(TINY).double(), 7)
+
+
+def random_weights(model: Transformer, seed: int) -> Transformer:
+    """Fill a model in place; no norm is 1."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if not tensor.is_floating_point():

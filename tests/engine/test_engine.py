@@ -21,9 +21,11 @@ from leadline.engine.runner import Piece
 from leadline.engine.sequence import Finish
 from leadline.engine.sequence import Sequence as Life
 from leadline.model.config import TINY
+from leadline.model.segment import Segment
 from leadline.model.transformer import Output, Transformer
+from leadline.ops.invariance import batch_invariant
 
-from .conftest import Run
+from .conftest import Run, random_weights
 
 GREEDY = Sampling(temperature=0.0)
 POLICIES = [WindowPolicy("full"), WindowPolicy("periodic", 256), WindowPolicy("zero")]
@@ -261,8 +263,6 @@ def test_the_mtp_block_drafts_what_it_drafts_without_a_state(
                 tokens = sequence.tokens
     assert len(guesses) > 10
     for length, guess in guesses.items():
-        from leadline.model.segment import Segment
-
         with torch.no_grad():
             output = model(Segment.of(tokens[: length - 1]))
             hidden_TD, _ = model.predict_second(output, torch.tensor(tokens[1:length]))
@@ -346,6 +346,32 @@ def test_damaged_logits_end_their_own_sequence_only(
     assert "NaN" in (run.errors[numbers[1]] or "")
     assert run.ids(numbers[1]) == alone(bad)[: len(run.ids(numbers[1]))]
     assert_nothing_leaks(engine)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.kind)
+def test_batch_invariant_logits_are_the_trainers_to_the_last_bit(policy: WindowPolicy) -> None:
+    """Cold, beside others, in other chunks, after a prefix hit, with drafts, after being pushed out: in float32, with
+    tolerance zero, and equal to one forward pass without a state."""
+    model = random_weights(Transformer(TINY), 5)
+    request = Request(ids(300), 12, replace(GREEDY, logprobs=3))
+    others = [Request(ids(150 + 40 * n, n), 60, Sampling(seed=n)) for n in range(2)]
+    found = []
+    for slots, pages, step_tokens, speculate in ((1, 16, 512, False), (3, 16, 128, True), (3, 5, 256, False)):
+        chosen = Settings(slots, pages, step_tokens=step_tokens, policy=policy, speculate=speculate)
+        engine = Engine(model, replace(chosen, batch_invariant=True))
+        for _ in range(2):
+            run, numbers = Run(), [engine.submit(other) for other in others[: slots - 1]]
+            numbers.append(engine.submit(request))
+            while engine.busy:
+                run.add(engine.step())
+            found.append([(token.id, token.logprob, token.top) for token in run.tokens[numbers[-1]]])
+    tokens = [*request.prompt, *(id_ for id_, _, _ in found[0])]
+    with torch.no_grad(), batch_invariant():
+        logits_TV = model.logits(model.hidden(model(Segment.of(tokens)).streams_TSD))
+    log_p_TV = torch.log_softmax(logits_TV[len(request.prompt) - 1 : -1], -1)
+    trainers = [float(log_p_V[id_]) for log_p_V, (id_, _, _) in zip(log_p_TV, found[0], strict=True)]
+    assert [logprob for _, logprob, _ in found[0]] == trainers
+    assert all(other == found[0] for other in found)
 
 
 @pytest.mark.parametrize("failures", [1, 2])

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from leadline.ops.invariance import rowwise
+
 
 def _halves(num_slots: int, num_columns: int, width: int) -> list[tuple[slice, slice]]:
     """Which columns each group of slots reads."""
@@ -44,8 +46,9 @@ class GatedPool(torch.autograd.Function):
     def forward(ctx: Any, values_YE: Tensor, scores_YE: Tensor, rows_CG: Tensor, width: int) -> Tensor:
         ctx.save_for_backward(values_YE, scores_YE, rows_CG)
         ctx.width = width
-        gates_CGD = _gates(scores_YE, rows_CG, width)
-        return (gates_CGD * _gather(values_YE, rows_CG, width, 0.0)).sum(1)
+        return rowwise(
+            lambda rows: (_gates(scores_YE, rows, width) * _gather(values_YE, rows, width, 0.0)).sum(1), rows_CG
+        )
 
     @staticmethod
     @once_differentiable

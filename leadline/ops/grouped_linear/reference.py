@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from leadline.ops.invariance import rows_times
+
 
 def _runs(counts_E: Tensor) -> Iterator[tuple[int, slice]]:
     start = 0
@@ -31,7 +33,7 @@ class GroupedLinear(torch.autograd.Function):
         ctx.save_for_backward(x_XD, weight_EFD, counts_E)
         y_XF = x_XD.new_empty(len(x_XD), weight_EFD.shape[1])
         for expert, rows in _runs(counts_E):
-            torch.mm(x_XD[rows], weight_EFD[expert].T, out=y_XF[rows])
+            y_XF[rows] = rows_times(x_XD[rows], weight_EFD[expert])
         return y_XF
 
     @staticmethod

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from leadline.ops.invariance import rows_times, rowwise
 from leadline.ops.precision import wide
 from leadline.ops.sinkhorn.reference import Sinkhorn
 
@@ -29,11 +30,11 @@ def collapse(x_TSD: Tensor, pre_TS: Tensor) -> Tensor:
 
 def mix_head(x_TSD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, rms_eps: float) -> Tensor:
     mixes = projection(x_TSD, fn, rms_eps)
-    return collapse(x_TSD, torch.sigmoid(mixes * wide(scale) + wide(base)) + eps)
+    return collapse(x_TSD, rowwise(torch.sigmoid, mixes * wide(scale) + wide(base)) + eps)
 
 
 def _raw_projection(flat: Tensor, fn: Tensor) -> Tensor:
-    return torch.nn.functional.linear(flat, wide(fn))
+    return rows_times(flat, wide(fn))
 
 
 def _inverse_rms(flat: Tensor, rms_eps: float) -> Tensor:
@@ -61,7 +62,9 @@ class MixIn(torch.autograd.Function):
         flat = wide(x_TSD.flatten(1))
         inverse_rms_T1 = _inverse_rms(flat, rms_eps)
         mixes = _raw_projection(flat, fn) * inverse_rms_T1
-        pre_TS, post_TS, comb_TSS = _coefficients(mixes, base, scale, x_TSD.shape[1], rounds, eps)
+        pre_TS, post_TS, comb_TSS = rowwise(
+            lambda mixes: _coefficients(mixes, base, scale, x_TSD.shape[1], rounds, eps), mixes
+        )
         ctx.save_for_backward(x_TSD, fn, base, scale, mixes, inverse_rms_T1)
         ctx.rounds, ctx.eps = rounds, eps
         return x_TSD, collapse(x_TSD, pre_TS), post_TS, comb_TSS

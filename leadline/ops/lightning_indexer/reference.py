@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from leadline.ops.invariance import COLUMNS, is_batch_invariant
 from leadline.ops.precision import wide
 from leadline.ops.reach import Reach, Tile, entry_columns, tiles
 from leadline.ops.select_topk import select_topk
@@ -20,6 +21,8 @@ def index_scores(q_bJI: Tensor, weight_bJ: Tensor, keys: Tensor) -> Tensor:
     The products of the J heads exist for a piece of the keys at a time, in one buffer: a fresh one for each piece would
     spend longer on page faults than on arithmetic.
     """
+    if is_batch_invariant():
+        return _scores_in_blocks(wide(q_bJI), wide(weight_bJ)[:, None], keys)
     num_queries, heads, _ = q_bJI.shape
     num_keys = keys.shape[-2]
     step = min(num_keys, max(64, PRODUCTS_PER_PIECE // (num_queries * heads)))
@@ -35,6 +38,17 @@ def index_scores(q_bJI: Tensor, weight_bJ: Tensor, keys: Tensor) -> Tensor:
             torch.bmm(q_bJI, piece.mT, out=products_bJX)
         scores_bX[:, at : at + step] = torch.bmm(weight_b1J, products_bJX.relu_()).squeeze(1)
     return scores_bX
+
+
+def _scores_in_blocks(q_bJI: Tensor, weight_b1J: Tensor, keys: Tensor) -> Tensor:
+    """The same with products of one shape, whatever the number of queries and keys."""
+    num_keys = keys.shape[-2]
+    padded = torch.nn.functional.pad(wide(keys), (0, 0, 0, -num_keys % COLUMNS))
+    scores = []
+    for piece in padded.split(COLUMNS, dim=-2):
+        products_bJX = torch.bmm(q_bJI, piece.expand(len(q_bJI), -1, -1).mT).relu_()
+        scores.append(torch.bmm(weight_b1J, products_bJX).squeeze(1))
+    return torch.cat(scores, dim=1)[:, :num_keys]
 
 
 def _visible_keys(keys_CI: Tensor, reach: Reach, tile: Tile, most: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from leadline.ops.invariance import rowwise
 from leadline.ops.precision import wide
 
 
@@ -22,7 +23,7 @@ class RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         if weight is None and x.dtype != wide(x).dtype:
-            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+            return x * rowwise(torch.rsqrt, x.square().mean(-1, keepdim=True) + eps)
         y = wide(x)
         y = y * _inverse_rms(y, eps)
         if weight is not None:

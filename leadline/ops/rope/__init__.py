@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from leadline.ops.dispatch import use_kernel
+from leadline.ops.invariance import rowwise
 from leadline.ops.rope.reference import Rotation
 
 
@@ -27,7 +28,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tenso
 def rotations(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of position x frequency, FP32 [..., R/2]. The product stays FP32: bf16 is wrong beyond 256."""
     angles = positions.to(torch.float32)[..., None] * frequencies
-    return angles.cos(), angles.sin()
+    return rowwise(torch.cos, angles), rowwise(torch.sin, angles)
 
 
 def frequencies(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leadline.ops.invariance import rowwise
 from leadline.ops.precision import wide
 
 
@@ -15,7 +16,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if x.ndim == 3:  # one angle for all heads of a token
         cos, sin = cos[:, None], sin[:, None]
     pairs = wide(x[..., -width:]).unflatten(-1, (-1, 2)).contiguous()
-    turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)  # (2k, 2k+1) is a complex number
+    # (2k, 2k+1) is a complex number
+    turned = rowwise(lambda p, c, s: torch.view_as_complex(p) * torch.complex(c, s), pairs, cos, sin)
     y = x.clone(memory_format=torch.contiguous_format)
     y[..., -width:] = torch.view_as_real(turned).flatten(-2)
     return y

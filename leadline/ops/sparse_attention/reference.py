@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from leadline.ops.decode_attention.reference import decode_attention_reference
+from leadline.ops.invariance import is_batch_invariant
 from leadline.ops.precision import wide
 from leadline.ops.reach import (
     Columns,
@@ -44,6 +46,21 @@ def _scores(q_bHK: Tensor, part: Columns) -> Tensor:
     return scores_bHX.add_(mask_bX.masked_fill_(~part.seen, float("-inf"))[:, None])
 
 
+def row_lists(reach: Reach, picked_TM: Tensor | None, entries_CK: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The rows of window keys that each query sees, its own last, and those of its entries; -1 = none."""
+    first, last = reach.first_key_T[:, None], reach.last_key_T[:, None]
+    behind = torch.arange(1 - int((last - first).max()) - 1, 1, device=last.device)
+    window_rows = torch.where(last + behind < first, -1, last + behind)
+    if entries_CK is None:
+        return window_rows, None
+    assert reach.first_entry_T is not None
+    assert reach.visible_T is not None
+    if picked_TM is None:
+        number = torch.arange(reach.most_visible, device=last.device)
+        picked_TM = torch.where(number < reach.visible_T[:, None], number, -1)
+    return window_rows, torch.where(picked_TM < 0, -1, reach.first_entry_T[:, None] + picked_TM)
+
+
 class SparseAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -55,6 +72,13 @@ class SparseAttention(torch.autograd.Function):
         reach: Reach,
         picked_TM: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        ctx.reach = reach
+        if is_batch_invariant():
+            window_rows, entry_rows = row_lists(reach, picked_TM if entries_CK is not None else None, entries_CK)
+            o_THK, lse_TH = decode_attention_reference(q_THK, keys_XK, window_rows, entries_CK, entry_rows, sink_H)
+            ctx.save_for_backward(q_THK, keys_XK, entries_CK, sink_H, picked_TM, o_THK, lse_TH)
+            ctx.mark_non_differentiable(lse_TH)
+            return o_THK, lse_TH
         _, num_heads, width = q_THK.shape
         o_THK = torch.empty_like(q_THK)
         lse_TH = wide(q_THK.new_empty(q_THK.shape[:2]))
@@ -76,7 +100,6 @@ class SparseAttention(torch.autograd.Function):
             o_THK[tile.rows] = o_bHK / (sum_bH + torch.exp(sink_H - largest_bH))[..., None]
             lse_TH[tile.rows] = torch.logaddexp(largest_bH + sum_bH.log(), sink_H)
         ctx.save_for_backward(q_THK, keys_XK, entries_CK, sink_H, picked_TM, o_THK, lse_TH)
-        ctx.reach = reach
         ctx.mark_non_differentiable(lse_TH)
         return o_THK, lse_TH
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from leadline.ops.invariance import rowwise
 from leadline.ops.precision import wide
 
 
@@ -16,7 +18,8 @@ class SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, scale: Tensor | None, limit: float) -> Tensor:
         ctx.save_for_backward(gate, up, scale)
         ctx.limit = limit
-        hidden = torch.nn.functional.silu(wide(gate).clamp(max=limit), inplace=True).mul_(wide(up).clamp(-limit, limit))
+        silu = partial(torch.nn.functional.silu, inplace=True)
+        hidden = rowwise(silu, wide(gate).clamp(max=limit)).mul_(wide(up).clamp(-limit, limit))
         if scale is not None:
             hidden *= scale[:, None]
         return hidden.to(gate.dtype)

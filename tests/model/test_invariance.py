@@ -1,0 +1,93 @@
+"""Batch invariance of the model: the same token after the same past gives the same bits, however it gets there."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from leadline.model.cache_format import CACHE_FORMATS
+from leadline.model.config import TINY, ModelConfig
+from leadline.model.segment import Segment
+from leadline.model.state import State
+from leadline.model.transformer import Transformer
+from leadline.ops.invariance import batch_invariant
+
+TOKENS = 150
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def models(
+    random_model: Callable[[ModelConfig, int], Transformer], dtype: torch.dtype
+) -> dict[str, tuple[Transformer, list[int], Tensor]]:
+    """Of each cache format: a model, a text, and the logits of the trainer's forward pass, all tokens at once."""
+    found = {}
+    for name in ("exact", "packed"):
+        model = random_model(TINY, 3).to(dtype)
+        model.cache_format = CACHE_FORMATS["served" if name == "packed" else name]
+        tokens = random.Random(1).choices(range(TINY.vocab_size), k=TOKENS)
+        with batch_invariant(), torch.no_grad():
+            logits_TV = model.logits(model.hidden(model(Segment.of(tokens)).streams_TSD))
+        model.cache_format = CACHE_FORMATS[name]
+        found[name] = model, tokens, logits_TV
+    return found
+
+
+@settings(max_examples=12)
+@given(
+    st.lists(st.integers(1, TOKENS - 1), max_size=5, unique=True),
+    st.lists(st.integers(1, 40), max_size=3),
+    st.sampled_from(["exact", "packed"]),
+    st.integers(0, 3),
+)
+def test_any_chunks_beside_any_neighbours_give_the_bits_of_one_piece(
+    models: dict[str, tuple[Transformer, list[int], Tensor]],
+    cuts: list[int],
+    neighbours: list[int],
+    cache: str,
+    spare: int,
+) -> None:
+    model, tokens, expected_TV = models[cache]
+    weight = model.embed.weight
+    state = State(
+        TINY,
+        1 + len(neighbours),
+        256,
+        spare_tokens=spare,
+        cache_format=model.cache_format,
+        dtype=weight.dtype,
+    )
+    borders = [0, *sorted(cuts), TOKENS]
+    with batch_invariant(), torch.no_grad():
+        for turn, (start, stop) in enumerate(pairwise(borders)):
+            beside = [random.Random(turn).choices(range(TINY.vocab_size), k=length) for length in neighbours]
+            segment = Segment.of(
+                *beside,
+                tokens[start:stop],
+                past=[turn * length for length in neighbours] + [start],
+            )
+            streams_TSD = model(segment, state).streams_TSD[sum(neighbours) :]
+            assert torch.equal(model.logits(model.hidden(streams_TSD)), expected_TV[start:stop])
+
+
+def test_decoding_gives_the_bits_of_one_piece(
+    models: dict[str, tuple[Transformer, list[int], Tensor]],
+) -> None:
+    for cache in ("exact", "packed"):
+        model, tokens, expected_TV = models[cache]
+        state = State(TINY, 1, 256, cache_format=model.cache_format, dtype=model.embed.weight.dtype)
+        with batch_invariant(), torch.no_grad():
+            for at, token in enumerate(tokens):
+                streams_TSD = model(Segment.of([token], past=[at]), state).streams_TSD
+                assert torch.equal(model.logits(model.hidden(streams_TSD))[0], expected_TV[at])
