@@ -172,9 +172,7 @@ def _add(gluon: Any, kernels: Any) -> None:
 
     def copy(descriptor: Descriptor, corner: list[Any], place: Any, target: Any) -> None:
         assert list(target.shape) == list(descriptor.block_shape)
-        assert target.data.storage_offset() * target.data.element_size() % 128 == 0, (
-            "a copy to no multiple of 128"
-        )
+        assert target.data.storage_offset() * target.data.element_size() % 128 == 0, "a copy to no multiple of 128"
         assert int(corner[-1]) * descriptor.tensor.element_size() % 16 == 0, "a copy from no multiple of 16 bytes"
         target.begin_write()
         target.data.view(torch.uint8).fill_(0xFF)

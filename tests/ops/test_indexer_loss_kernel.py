@@ -199,11 +199,12 @@ def on_gpu(case: Any) -> Any:
     return replace(case, reach=replace(case.reach, **seen), **rest)
 
 
-# BF16 is rounded at 2^-9: the gradients of the products before they are multiplied, and every result.
+# BF16 is rounded at 2^-9: the gradients of the products before they are multiplied, and every result. In FP32 a product
+# within rounding of zero may be on the other side of the ReLU, which moves the gradients of q and keys by a whole term.
 @pytest.mark.gpu
 @MODES
 @pytest.mark.parametrize(
-    ("dtype", "bounds"), [(torch.bfloat16, (6e-3, 1e-5)), (torch.float32, (5e-6, 5e-6))], ids=["bf16", "fp32"]
+    ("dtype", "bounds"), [(torch.bfloat16, (6e-3, 1e-5)), (torch.float32, (1e-4, 5e-6))], ids=["bf16", "fp32"]
 )
 @pytest.mark.parametrize("sizes", [(64, 128, 64, 512), (5, 64, 8, 96), (100, 32, 128, 64)], ids=str)
 def test_on_gpu(

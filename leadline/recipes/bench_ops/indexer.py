@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,12 +15,16 @@ from leadline.recipes.bench_ops.case import BF16, FP32, TOKENS, Case, Cost, H, I
 HEADS, WIDTH, RATIO, PICKS = 64, 128, 4, 512  # of V4-Flash's indexer
 
 
-def _reach(tokens: int, past: int, device: torch.device) -> Reach:
-    """The new tokens of one sequence, in a CSA layer."""
-    position_T = torch.arange(past, past + tokens, device=device)
-    visible_T = (position_T + 1) // RATIO
-    nothing_T = torch.zeros_like(position_T)
-    return Reach((tokens,), nothing_T, nothing_T, nothing_T, visible_T, (past + tokens) // RATIO)
+def _runs(tokens: int, past: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """First entry and number of visible entries of the new tokens of one sequence, in a CSA layer."""
+    visible_T = torch.arange(past + 1, past + tokens + 1, device=device) // RATIO
+    return torch.zeros_like(visible_T), visible_T
+
+
+def _reach(first_entry_T: Tensor, visible_T: Tensor, past: int) -> Reach:
+    """The window keys play no role here."""
+    tokens = len(visible_T)
+    return Reach((tokens,), first_entry_T, first_entry_T, first_entry_T, visible_T, (past + tokens) // RATIO)
 
 
 def _entries_seen(tokens: int, past: int) -> int:
@@ -31,14 +37,16 @@ def _pick_entries(tokens: int, past: int) -> Case:
     def inputs(count: int, device: torch.device) -> Inputs:
         entries = max(1, (past + count) // RATIO)
         weight_TJ = torch.randn(count, HEADS, device=device)
-        return [random(count, HEADS, WIDTH, device=device), weight_TJ, random(entries, WIDTH, device=device)]
+        q_TJI, keys_CI = random(count, HEADS, WIDTH, device=device), random(entries, WIDTH, device=device)
+        return [q_TJI, weight_TJ, keys_CI, *_runs(count, past, device)]
 
     def whole_numbers(count: int, device: torch.device) -> Inputs:
         """Scores that are exact in FP32 whatever the order of the sum, so that the picks must be equal."""
-        return [x.clamp(-3, 3).round() if x is not None else None for x in inputs(count, device)]
+        *operands, first_entry_T, visible_T = inputs(count, device)
+        return [*(x.clamp(-3, 3).round() for x in operands if x is not None), first_entry_T, visible_T]
 
-    def run(q_TJI: Tensor, weight_TJ: Tensor, keys_CI: Tensor) -> Tensor:
-        return pick_entries(q_TJI, weight_TJ, keys_CI, _reach(len(q_TJI), past, q_TJI.device), PICKS)
+    def run(q_TJI: Tensor, weight_TJ: Tensor, keys_CI: Tensor, first_entry_T: Tensor, visible_T: Tensor) -> Tensor:
+        return pick_entries(q_TJI, weight_TJ, keys_CI, _reach(first_entry_T, visible_T, past), PICKS)
 
     entries, seen = (past + tokens) // RATIO, _entries_seen(tokens, past)
     moved = (tokens * HEADS * WIDTH + entries * WIDTH) * BF16 + tokens * (HEADS * FP32 + min(PICKS, entries) * 8)
@@ -53,6 +61,7 @@ def _pick_entries(tokens: int, past: int) -> Case:
         tokens=tokens,
         gate_tokens=(1, 127, 4001) if tokens > 1 else (1, 3),
         gate_inputs=whole_numbers,
+        captured=tokens == 1,
     )
 
 
@@ -60,7 +69,7 @@ def _indexer_loss(dense: bool) -> Case:
     """Useful products forward: index scores and attention masses; backward: of the products, of queries and of keys."""
 
     def inputs(count: int, device: torch.device, heads: int = H) -> Inputs:
-        entries = max(1, count // RATIO)
+        entries, runs = max(1, count // RATIO), _runs(count, 0, device)
         return [
             random(count, HEADS, WIDTH, device=device),
             torch.randn(count, HEADS, device=device) * (HEADS * WIDTH) ** -0.5,
@@ -68,11 +77,14 @@ def _indexer_loss(dense: bool) -> Case:
             random(count, heads, K, device=device),
             random(entries, K, device=device),
             torch.randn(count, heads, device=device) + 7,
+            *runs,
+            None if dense else _latest(runs[1]),
         ]
 
-    def run(q: Tensor, weight: Tensor, keys: Tensor, attention_q: Tensor, entries: Tensor, lse: Tensor) -> Tensor:
-        reach = _reach(len(q), 0, q.device)
-        return indexer_loss(q, weight, keys, attention_q, entries, lse, reach, None if dense else _latest(reach))
+    def run(q: Tensor, weight: Tensor, keys: Tensor, *rest: Any) -> Tensor:
+        attention_q, entries, lse, first_entry_T, visible_T, picked_TM = rest
+        reach = _reach(first_entry_T, visible_T, 0)
+        return indexer_loss(q, weight, keys, attention_q, entries, lse, reach, picked_TM)
 
     pairs = sum(min((t + 1) // RATIO, TOKENS if dense else PICKS) for t in range(TOKENS))
     index, attention = 2 * HEADS * WIDTH * pairs, 2 * H * K * pairs
@@ -90,12 +102,11 @@ def _indexer_loss(dense: bool) -> Case:
     )
 
 
-def _latest(reach: Reach) -> Tensor:
+def _latest(visible_T: Tensor) -> Tensor:
     """The last entries that each query sees, ascending, -1 behind them."""
-    assert reach.visible_T is not None
-    place = torch.arange(min(PICKS, reach.most_visible or 0), device=reach.visible_T.device)
-    number_TM = (reach.visible_T[:, None] - PICKS).clamp_min(0) + place
-    return torch.where(number_TM < reach.visible_T[:, None], number_TM, -1)
+    place = torch.arange(PICKS, device=visible_T.device)
+    number_TM = (visible_T[:, None] - PICKS).clamp_min(0) + place
+    return torch.where(number_TM < visible_T[:, None], number_TM, -1)
 
 
 CASES = (
