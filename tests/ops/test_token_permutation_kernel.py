@@ -21,7 +21,7 @@ def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     from leadline.ops.token_permutation import kernel
 
     monkeypatch.setattr(kernel, "PAIRS_PER_RUN", 16)
-    monkeypatch.setattr(kernel, "RUNS_AT_ONCE", 4)
+    monkeypatch.setattr(kernel, "PAIRS_AT_ONCE", 4)
 
 
 def random_choices(tokens: int, choices: int, experts: int, device: str = "cpu") -> Tensor:

@@ -132,12 +132,6 @@ def hyper_connection_in_bwd_kernel(
     dpassed_ptr,
     dfn_ptr,
     dx_ptr,
-    before_ptr,
-    out_ptr,
-    post_ptr,
-    comb_ptr,
-    dout_ptr,
-    dweights_ptr,
     T,
     S: tl.constexpr,
     D: tl.constexpr,
@@ -148,12 +142,8 @@ def hyper_connection_in_bwd_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Some columns of all streams over one run of tokens:
-
-    dX_k = pre_k dy + dprojection fn_k + pull X_k + dpassed_k, and d fn of these columns. Where the streams came out of
-    a sublayer, `before_ptr` and the rest of its inputs are given, and dX is not written but taken on to them: see
-    `hyper_connection_out_bwd_kernel`. The sums over columns, S + S x S for each token, are left in parts.
-    """
+    """dX_k = pre_k dy + dprojection fn_k + pull X_k + dpassed_k for some columns of all streams, and d fn of these
+    columns, both over one run of tokens."""
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     rows = tl.arange(0, BLOCK_ROWS)
     fn, dfn = (), ()
@@ -170,55 +160,73 @@ def hyper_connection_in_bwd_kernel(
         tokens = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
         inside = tokens < T
         mask = inside[:, None] & (columns < D)[None, :]
-        row_places = tokens[:, None] * D + columns[None, :]
         places = tokens[:, None] * (S * D) + columns[None, :]
-        if before_ptr is not None:  # asked for early, needed late
-            out = tl.load(out_ptr + row_places, mask=mask, other=0.0)
-            before = ()
-            for j in tl.static_range(S):
-                before = before + (tl.load(before_ptr + places + j * D, mask=mask, other=0.0),)
-        dy = tl.load(dy_ptr + row_places, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + tokens[:, None] * D + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         dprojection = tl.load(
             dprojection_ptr + tokens[:, None] * BLOCK_ROWS + rows[None, :],
             mask=inside[:, None] & (rows < ROWS)[None, :],
             other=0.0,
         )
         pull = tl.load(pull_ptr + tokens, mask=inside, other=0.0)[:, None]
-        dstreams, new_dfn = (), ()
+        new_dfn = ()
         for k in tl.static_range(S):
             x = tl.load(x_ptr + places + k * D, mask=mask, other=0.0)
             pre = tl.load(pre_ptr + tokens * S + k, mask=inside, other=0.0)[:, None]
-            d = pre * dy + pull * x.to(tl.float32)
+            dx = pre * dy + pull * x.to(tl.float32)
             if dpassed_ptr is not None:
-                d += tl.load(dpassed_ptr + places + k * D, mask=mask, other=0.0).to(tl.float32)
-            d = _dot_of_floats(dprojection, fn[k], d, SPLIT=x_ptr.dtype.element_ty == tl.bfloat16)
+                dx += tl.load(dpassed_ptr + places + k * D, mask=mask, other=0.0).to(tl.float32)
+            dx = _dot_of_floats(dprojection, fn[k], dx, SPLIT=x_ptr.dtype.element_ty == tl.bfloat16)
+            tl.store(dx_ptr + places + k * D, dx.to(dx_ptr.dtype.element_ty), mask=mask)
             new_dfn = new_dfn + (dot(tl.trans(x), dprojection, dfn[k]),)
-            if before_ptr is None:
-                tl.store(dx_ptr + places + k * D, d.to(dx_ptr.dtype.element_ty), mask=mask)
-            else:
-                dstreams = dstreams + (d,)
         dfn = new_dfn
-
-        if before_ptr is not None:
-            parts_ptr = dweights_ptr + tl.program_id(0).to(tl.int64) * (S + S * S) * T + tokens
-            dout = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-            for k in tl.static_range(S):
-                post = tl.load(post_ptr + tokens * S + k, mask=inside, other=0.0)[:, None]
-                dout += post * dstreams[k]
-                tl.store(parts_ptr + k * T, tl.sum(out.to(tl.float32) * dstreams[k], axis=1), mask=inside)
-            tl.store(dout_ptr + row_places, dout.to(dout_ptr.dtype.element_ty), mask=mask)
-            for j in tl.static_range(S):
-                dx = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-                for k in tl.static_range(S):
-                    place = j * S + k
-                    comb = tl.load(comb_ptr + tokens * S * S + place, mask=inside, other=0.0)[:, None]
-                    dx += comb * dstreams[k]
-                    dcomb = tl.sum(before[j].to(tl.float32) * dstreams[k], axis=1)
-                    tl.store(parts_ptr + (S + place) * T, dcomb, mask=inside)
-                tl.store(dx_ptr + places + j * D, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     for k in tl.static_range(S):
         flat = (tl.program_id(1).to(tl.int64) * S + k) * D + columns
         tl.store(dfn_ptr + flat[:, None] * BLOCK_ROWS + rows[None, :], dfn[k], mask=(columns < D)[:, None])
+
+
+@triton.jit
+def hyper_connection_fn_bwd_kernel(
+    parts_ptr,
+    dfn_ptr,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """dfn from its sums over runs of tokens, which are stored the other way round."""
+    columns = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)[:, None]
+    rows = tl.arange(0, BLOCK_ROWS)[None, :]
+    total = tl.zeros((BLOCK_WIDTH, BLOCK_ROWS), tl.float32)
+    for part in range(PARTS):
+        place = (part * WIDTH + columns) * BLOCK_ROWS + rows
+        total += tl.load(parts_ptr + place, mask=columns < WIDTH, other=0.0)
+    tl.store(dfn_ptr + rows * WIDTH + columns, total, mask=(columns < WIDTH) & (rows < ROWS))
+
+
+@triton.jit(do_not_specialize=["T"])
+def hyper_connection_gates_bwd_kernel(
+    dlogits_ptr,
+    mixes_ptr,
+    parts_ptr,
+    T,
+    S: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """The part of a block of tokens in dbase [ROWS] and, behind it, in dscale."""
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    rows = tl.arange(0, BLOCK_ROWS)
+    inside = (tokens < T) & (rows < ROWS)[None, :]
+    dlogits = tl.load(dlogits_ptr + tokens * ROWS + rows[None, :], mask=inside, other=0.0)
+    mixes = tl.load(mixes_ptr + tokens * ROWS + rows[None, :], mask=inside, other=0.0)
+    dgates = tl.sum(dlogits * mixes, axis=0)
+    parts_ptr += tl.program_id(0) * (ROWS + 3)
+    tl.store(parts_ptr + rows, tl.sum(dlogits, axis=0), mask=rows < ROWS)
+    gate = tl.minimum(rows // S, 2)
+    for number in tl.static_range(3):
+        tl.store(parts_ptr + ROWS + number, tl.sum(tl.where(gate == number, dgates, 0.0), axis=0))
 
 
 @triton.jit

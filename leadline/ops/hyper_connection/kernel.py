@@ -8,27 +8,27 @@ what counts is how often the streams cross the memory bus:
     mix_through  forward    X, out, X' read, X', y written         projects X' before it leaves the registers
     mix_out      forward    X, out read, X' written
     mix_in       backward   X, dy read twice, dX read, dX written  dpre first, which needs all of X
-    mix_through  backward   X', dy read twice, dX', X, out read,   dX' is complete in registers only
-                            dX, dout written
     mix_out      backward   X, out, dX' read, dX, dout written
 
 In `mix_in`, holding a token between the two reads is not possible: `fn` is 24 rows as long as the token, so tokens have
-to share each piece of it, 128 at a time, and 128 tokens are twenty times the memory of a multiprocessor. What the cache
-holds is used instead: `mix_out` goes through the tokens from first to last, the projection that follows it from last to
-first, and the collapse again from first to last, so that each begins with what the one before it touched last.
+to share each piece of it, 64 or more at a time, and 64 tokens are ten times the memory of a multiprocessor. What the
+cache holds is used instead: `mix_out` goes through the tokens from first to last, the projection that follows it from
+last to first, and the collapse again from first to last, so that each begins with what the one before it touched last.
 
 Into a sublayer there are two steps:
 
-- the projection, alone or behind the way out of the sublayer before, cuts the streams into slices of a fixed length, so
-  that a token's result depends neither on how many tokens come along nor on the card; one program multiplies a block of
-  tokens with a slice of fn and leaves 24 partial products and a partial sum of squares for each token;
-- the collapse adds those up and reads the streams; other programs of the same launch make post and comb meanwhile
-  (Sinkhorn included: one number for each thread).
+- the projection, alone or behind the way out of the sublayer before, leaves 24 partial products and a partial sum of
+  squares for each token and each slice of its streams. Few tokens need many programs, one for each slice; many tokens
+  have one program do several. Slices add up in the same order either way, so that a token's result does not depend on
+  how many tokens come along;
+- the collapse adds those up and reads the streams; other programs of the same launch make post and comb meanwhile.
 
 The head of the network is a `mix_in` of which only pre and y are wanted; fn has S rows there.
 
-Products are as exact as in FP32. fn is an FP32 parameter; against bfloat16 streams it is split into three bfloat16
-terms whose sum it is, for three passes of the tensor cores: a quarter of the time of FP32 arithmetic.
+Products are as exact as in FP32. fn is an FP32 parameter; against bfloat16 streams it is three bfloat16 terms whose sum
+it is. In the projection they stand one below the other, 96 rows for the tensor cores instead of 24, cut beforehand when
+many tokens are to come. `mix_through` in the backward is that of `mix_in`, then that of `mix_out`: in one kernel, which
+would save one trip of the streams, the S + S x S sums over a token's columns cost more than the trip.
 
 Sums over tokens (gradients of fn, base, scale) go through partial sums of fixed runs of tokens, added in order.
 """
@@ -46,6 +46,8 @@ from torch.autograd.function import once_differentiable
 from leadline.ops.hyper_connection.backward_kernels import (
     hyper_connection_coefficients_bwd_kernel,
     hyper_connection_dpre_bwd_kernel,
+    hyper_connection_fn_bwd_kernel,
+    hyper_connection_gates_bwd_kernel,
     hyper_connection_in_bwd_kernel,
     hyper_connection_out_bwd_kernel,
 )
@@ -53,6 +55,7 @@ from leadline.ops.hyper_connection.forward_kernels import (
     hyper_connection_in_fwd_kernel,
     hyper_connection_out_fwd_kernel,
     hyper_connection_projection_fwd_kernel,
+    hyper_connection_terms_fwd_kernel,
     hyper_connection_through_fwd_kernel,
 )
 from leadline.ops.opaque import opaque
@@ -60,7 +63,7 @@ from leadline.ops.opaque import opaque
 
 @dataclass(frozen=True)
 class Tile:
-    """Tokens and columns of all streams that a program holds at once."""
+    """Tokens and columns that a program holds at once."""
 
     tokens: int
     columns: int
@@ -68,21 +71,21 @@ class Tile:
     num_stages: int
 
 
-SLICE = 1024  # values of a token's streams in one partial sum of the projection
-SPAN = 256  # columns of every stream in one of the projection behind a way out: as many values
-SLICES_TOGETHER = 4  # and as many of these are added up first
-TOKENS_PER_SUM = 2048  # tokens in one partial sum of the gradient of fn
-TOKENS_PER_COLLAPSE = 2
+PROJECTION = Tile(128, 64, num_warps=8, num_stages=3)
+THROUGH = Tile(64, 32, num_warps=4, num_stages=2)
+COLLAPSE = Tile(2, 2048, num_warps=8, num_stages=1)
+IN_BACKWARD = Tile(16, 64, num_warps=4, num_stages=3)
+
+SLICE = 256  # values of a token's streams in one partial sum of the projection
+SLICES_TOGETHER = 16  # and as many of these are added up first
+SPAN = 256  # columns of every stream in a partial sum of the projection behind a way out
 TOKENS_PER_COEFFICIENTS = 32
+TOKENS_PER_SUM = 2048  # tokens in one partial sum of the gradient of fn
+TOKENS_PER_GATE_SUM = 128  # and in one of the gradients of base and scale
 BLOCK_D = 1024
 OUT_BLOCK_D = 4096
 MANY_TOKENS = 1024  # enough to fill a card when one program does all columns of a token
 VERY_MANY_TOKENS = 4096  # enough when one program does several slices of a block of tokens
-
-
-THROUGH = Tile(64, 32, num_warps=4, num_stages=2)
-IN_BACKWARD = Tile(32, 64, num_warps=8, num_stages=3)
-THROUGH_BACKWARD = Tile(16, 64, num_warps=4, num_stages=2)
 
 
 def _rows_of_block(rows: int) -> int:
@@ -99,53 +102,49 @@ def _span(num_tokens: int, width: int, block: int) -> int:
     return triton.cdiv(width, block) * block if num_tokens >= MANY_TOKENS else block
 
 
-def _slices_together(num_tokens: int) -> int:
-    """Slices of the projection that one program does. What a program of the collapse adds up first is then the rest, so
-    that a token's result does not depend on it."""
-    return SLICES_TOGETHER if num_tokens >= VERY_MANY_TOKENS else 1
-
-
 def _tile(x_TSD: Tensor, tile: Tile) -> Tile:
     """`tile`, no wider than needed, and smaller in FP32, whose products need registers."""
     columns = max(16, _block_of_columns(x_TSD.shape[2], tile.columns))
     if x_TSD.dtype == torch.bfloat16:
         return replace(tile, columns=columns)
-    return replace(tile, tokens=16, columns=min(columns, 32), num_stages=2)
+    return replace(tile, tokens=min(tile.tokens, 32), columns=min(columns, 32), num_stages=2)
 
 
 # -- forward -------------------------------------------------------------------------------------------------------
 
 
-def _project(x_TSD: Tensor, fn: Tensor) -> Tensor:
-    """Partial products and sums of squares, [parts, T, rows of a block]."""
+def _project(x_TSD: Tensor, fn: Tensor) -> tuple[Tensor, int]:
+    """(partial products and sums of squares, [parts, T, rows of a block]; how many of them to add up first)."""
     num_tokens, width, block_rows = x_TSD.shape[0], x_TSD.shape[1] * x_TSD.shape[2], _rows_of_block(len(fn))
-    together = _slices_together(num_tokens)
+    together = SLICES_TOGETHER if num_tokens >= VERY_MANY_TOKENS else 1
     parts = triton.cdiv(width, SLICE * together)
     partial = torch.empty(parts, num_tokens, block_rows, device=x_TSD.device)
-    hyper_connection_projection_fwd_kernel[(parts, triton.cdiv(num_tokens, 128))](
-        x_TSD, fn, partial, num_tokens, width, len(fn), SLICE, together, 128, block_rows, 64, num_warps=8, num_stages=4
-    )
-    return partial
+    hyper_connection_projection_fwd_kernel[(parts, triton.cdiv(num_tokens, PROJECTION.tokens))](
+        x_TSD, fn, partial, num_tokens, width, len(fn), SLICE, together, PROJECTION.tokens, block_rows,
+        PROJECTION.columns, num_warps=PROJECTION.num_warps, num_stages=PROJECTION.num_stages,
+    )  # fmt: skip
+    return partial, SLICES_TOGETHER // together
 
 
 def _collapse(
-    x_TSD: Tensor, partial: Tensor, base: Tensor, scale: Tensor, rounds: int, eps: float, rms_eps: float
+    x_TSD: Tensor, partial: Tensor, group: int, base: Tensor, scale: Tensor, rounds: int, eps: float, rms_eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y_TD, post_TS, comb_TSS, mixes, inverse_rms_T); post and comb have no elements where base is that of a head."""
+    """(y_TD, post_TS, comb_TSS, mixes, inverse_rms_T); post and comb have no elements where base is that of a head.
+    `group` parts of the projection are added up first."""
     (num_tokens, num_streams, width), device, rows = x_TSD.shape, x_TSD.device, len(base)
     y_TD = x_TSD.new_empty(num_tokens, width)
     written = num_streams if rows > num_streams else 0
     post_TS = torch.empty(num_tokens, written, device=device)
     comb_TSS = torch.empty(num_tokens, written, written, device=device)
     mixes, inverse_rms_T = torch.empty(num_tokens, rows, device=device), torch.empty(num_tokens, device=device)
-    block_columns = _block_of_columns(width, BLOCK_D)
+    block_columns = _block_of_columns(width, COLLAPSE.columns if num_tokens >= MANY_TOKENS else BLOCK_D)
     span = _span(num_tokens, width, block_columns)
-    programs = triton.cdiv(num_tokens, TOKENS_PER_COEFFICIENTS) * (TOKENS_PER_COEFFICIENTS // TOKENS_PER_COLLAPSE + 1)
+    programs = triton.cdiv(num_tokens, TOKENS_PER_COEFFICIENTS) * (TOKENS_PER_COEFFICIENTS // COLLAPSE.tokens + 1)
     hyper_connection_in_fwd_kernel[(programs, triton.cdiv(width, span))](
         x_TSD, partial, base, scale, y_TD, post_TS, comb_TSS, mixes, inverse_rms_T, num_tokens, eps, rms_eps, rounds,
-        num_streams, width, rows, partial.shape[0], SLICES_TOGETHER // _slices_together(num_tokens), partial.shape[2],
-        TOKENS_PER_COLLAPSE, TOKENS_PER_COEFFICIENTS, triton.next_power_of_2(num_streams), block_columns, span,
-        num_warps=4,
+        num_streams, width, rows, partial.shape[0], group, partial.shape[2],
+        COLLAPSE.tokens, TOKENS_PER_COEFFICIENTS, triton.next_power_of_2(num_streams), block_columns, span,
+        num_warps=COLLAPSE.num_warps,
     )  # fmt: skip
     return y_TD, post_TS, comb_TSS, mixes, inverse_rms_T
 
@@ -162,7 +161,7 @@ def mix_in_forward(
     x_TSD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rounds: int, eps: float, rms_eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y_TD, post_TS, comb_TSS, mixes, inverse_rms_T) for contiguous inputs, parameters in FP32."""
-    return _collapse(x_TSD, _project(x_TSD, fn), base, scale, rounds, eps, rms_eps)
+    return _collapse(x_TSD, *_project(x_TSD, fn), base, scale, rounds, eps, rms_eps)
 
 
 @opaque(lambda x_TSD, fn, *_: tuple(_empty_coefficients(x_TSD, fn)[number] for number in (0, 3, 4)))
@@ -170,7 +169,7 @@ def mix_head_forward(
     x_TSD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, rms_eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y_TD, mixes, inverse_rms_T) for contiguous inputs, parameters in FP32."""
-    y_TD, _, _, mixes, inverse_rms_T = _collapse(x_TSD, _project(x_TSD, fn), base, scale, 1, eps, rms_eps)
+    y_TD, _, _, mixes, inverse_rms_T = _collapse(x_TSD, *_project(x_TSD, fn), base, scale, 1, eps, rms_eps)
     return y_TD, mixes, inverse_rms_T
 
 
@@ -202,15 +201,20 @@ def mix_through_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(mixed_TSD, y_TD, post_TS, comb_TSS, mixes, inverse_rms_T) for contiguous inputs, parameters in FP32."""
     mixed_TSD, (num_tokens, num_streams, width) = torch.empty_like(x_TSD), x_TSD.shape
-    block_rows, tile, together = _rows_of_block(len(fn)), _tile(x_TSD, THROUGH), _slices_together(num_tokens)
-    parts = triton.cdiv(width, SPAN * together)
+    # Three terms of bfloat16 are as exact as FP32; a fourth makes a power of two.
+    num_terms, block_terms = (3, 4) if x_TSD.dtype == torch.bfloat16 else (1, 1)
+    block_rows, block_width, tile = _rows_of_block(len(fn)), 128, _tile(x_TSD, THROUGH)
+    terms = torch.empty(num_terms * block_rows, fn.shape[1], dtype=x_TSD.dtype, device=fn.device)
+    hyper_connection_terms_fwd_kernel[(triton.cdiv(fn.shape[1], block_width),)](
+        fn, terms, fn.shape[1], len(fn), num_terms, block_rows, block_width, num_warps=4
+    )
+    parts = triton.cdiv(width, SPAN)
     partial = torch.empty(parts, num_tokens, block_rows, device=x_TSD.device)
     hyper_connection_through_fwd_kernel[(parts, triton.cdiv(num_tokens, tile.tokens))](
-        x_TSD, out_TD, post_TS, comb_TSS, fn, mixed_TSD, partial, num_tokens, num_streams, width, len(fn), SPAN,
-        together, tile.tokens, block_rows, max(64, block_rows), tile.columns, num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        x_TSD, out_TD, post_TS, comb_TSS, terms, mixed_TSD, partial, num_tokens, num_streams, width, len(fn), num_terms,
+        SPAN, tile.tokens, block_rows, block_terms, tile.columns, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return mixed_TSD, *_collapse(mixed_TSD, partial, base, scale, rounds, eps, rms_eps)
+    return mixed_TSD, *_collapse(mixed_TSD, partial, 1, base, scale, rounds, eps, rms_eps)
 
 
 # -- backward ------------------------------------------------------------------------------------------------------
@@ -222,20 +226,14 @@ def _into_backward(
     mixes: Tensor,
     inverse_rms_T: Tensor,
     dy_TD: Tensor,
-    rest: tuple[Tensor, Tensor, Tensor] | None,
-    sublayer: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    rest: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None],
     rounds: int,
     eps: float,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """(gradients of the streams, or of the sublayer that they came out of; gradients of fn, base and scale).
-
-    rest: (dpassed_TSD, dpost_TS, dcomb_TSS), None for a head. sublayer: the inputs of the way out that made x, as
-    (streams before, out, post, comb).
-    """
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dfn, dbase, dscale). rest: dpassed_TSD, dpost_TS and dcomb_TSS, which a head does not have."""
     (num_tokens, num_streams, width), device = x_TSD.shape, x_TSD.device
-    (fn, base, scale), rows = parameters, mixes.shape[1]
+    (fn, base, scale), (dpassed_TSD, dpost_TS, dcomb_TSS), rows = parameters, rest, mixes.shape[1]
     block_rows, block_streams = _rows_of_block(rows), triton.next_power_of_2(num_streams)
-    dpassed_TSD, dpost_TS, dcomb_TSS = rest or (None, None, None)
     pre_TS, dpre_TS = torch.empty(2, num_tokens, num_streams, device=device).unbind()
     hyper_connection_dpre_bwd_kernel[(num_tokens,)](
         x_TSD, dy_TD, dpre_TS, num_streams, width, _block_of_columns(width, BLOCK_D), num_warps=4
@@ -248,26 +246,34 @@ def _into_backward(
         num_tokens, eps, rounds, num_streams, width, rows, block_rows, 2, block_streams, num_warps=1,
     )  # fmt: skip
 
-    tile = _tile(x_TSD, THROUGH_BACKWARD if sublayer else IN_BACKWARD)
-    sums, blocks = triton.cdiv(num_tokens, TOKENS_PER_SUM), triton.cdiv(width, tile.columns)
-    dfn = torch.empty(sums, num_streams * width, block_rows, device=device)
-    gradients = [torch.empty_like(x_TSD)]
-    dout_TD = dweights = None
-    if sublayer:
-        dout_TD = torch.empty_like(sublayer[1])
-        dweights = torch.empty(blocks, num_streams + num_streams**2, num_tokens, device=device)
-    hyper_connection_in_bwd_kernel[(blocks, sums)](
-        x_TSD, fn, pre_TS, dprojection, pull_T, dy_TD, dpassed_TSD, dfn, gradients[0], *(sublayer or [None] * 4),
-        dout_TD, dweights, num_tokens, num_streams, width, rows, TOKENS_PER_SUM, block_rows, tile.tokens, tile.columns,
-        tile.num_stages, num_warps=tile.num_warps,
+    dx_TSD, tile, sums = torch.empty_like(x_TSD), _tile(x_TSD, IN_BACKWARD), triton.cdiv(num_tokens, TOKENS_PER_SUM)
+    parts = torch.empty(sums, num_streams * width, block_rows, device=device)
+    hyper_connection_in_bwd_kernel[(triton.cdiv(width, tile.columns), sums)](
+        x_TSD, fn, pre_TS, dprojection, pull_T, dy_TD, dpassed_TSD, parts, dx_TSD, num_tokens, num_streams, width, rows,
+        TOKENS_PER_SUM, block_rows, tile.tokens, tile.columns, tile.num_stages, num_warps=tile.num_warps,
     )  # fmt: skip
-    if dout_TD is not None and dweights is not None:
-        dpost_ST, dcomb_XT = dweights.sum(0).split([num_streams, num_streams**2])
-        dcomb = dcomb_XT.T.reshape(num_tokens, num_streams, num_streams)
-        gradients += [dout_TD, dpost_ST.T.contiguous(), dcomb.contiguous()]
-    dgates = (dlogits * mixes).sum(0).split([num_streams, num_streams, num_streams**2] if rest else [num_streams])
-    dscale = torch.stack([dgate.sum() for dgate in dgates])
-    return gradients, [dfn.sum(0)[:, :rows].T.contiguous(), dlogits.sum(0), dscale]
+    return dx_TSD, _sum_of_fn(parts, fn), *_sums_of_gates(dlogits, mixes, scale, num_streams)
+
+
+def _sum_of_fn(parts: Tensor, fn: Tensor) -> Tensor:
+    dfn, (sums, width, block_rows) = torch.empty_like(fn), parts.shape
+    hyper_connection_fn_bwd_kernel[(triton.cdiv(width, 128),)](
+        parts, dfn, sums, width, len(fn), block_rows, 128, num_warps=4
+    )
+    return dfn
+
+
+def _sums_of_gates(dlogits: Tensor, mixes: Tensor, scale: Tensor, num_streams: int) -> tuple[Tensor, Tensor]:
+    """(dbase, dscale)."""
+    num_tokens, rows = mixes.shape
+    sums = triton.cdiv(num_tokens, TOKENS_PER_GATE_SUM)
+    parts = torch.empty(sums, rows + 3, device=mixes.device)
+    hyper_connection_gates_bwd_kernel[(sums,)](
+        dlogits, mixes, parts, num_tokens, num_streams, rows, triton.next_power_of_2(rows), TOKENS_PER_GATE_SUM,
+        num_warps=4,
+    )  # fmt: skip
+    dbase, dscale, _ = parts.sum(0).split([rows, len(scale), 3 - len(scale)])
+    return dbase.clone(), dscale.clone()
 
 
 @opaque(lambda x_TSD, fn, base, scale, *_: tuple(torch.empty_like(x) for x in (x_TSD, fn, base, scale)))
@@ -287,10 +293,7 @@ def mix_in_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dfn, dbase, dscale) for contiguous inputs, parameters in FP32."""
     rest = dpassed_TSD, dpost_TS, dcomb_TSS
-    (dx_TSD,), (dfn, dbase, dscale) = _into_backward(
-        x_TSD, (fn, base, scale), mixes, inverse_rms_T, dy_TD, rest, None, rounds, eps
-    )
-    return dx_TSD, dfn, dbase, dscale
+    return _into_backward(x_TSD, (fn, base, scale), mixes, inverse_rms_T, dy_TD, rest, rounds, eps)
 
 
 @opaque(lambda x_TSD, fn, base, scale, *_: tuple(torch.empty_like(x) for x in (x_TSD, fn, base, scale)))
@@ -305,37 +308,7 @@ def mix_head_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dfn, dbase, dscale) for contiguous inputs, parameters in FP32."""
-    (dx_TSD,), (dfn, dbase, dscale) = _into_backward(
-        x_TSD, (fn, base, scale), mixes, inverse_rms_T, dy_TD, None, None, 1, eps
-    )
-    return dx_TSD, dfn, dbase, dscale
-
-
-@opaque(lambda *inputs: tuple(torch.empty_like(x) for x in (*inputs[:4], *inputs[5:8])))
-def mix_through_backward(
-    x_TSD: Tensor,
-    out_TD: Tensor,
-    post_TS: Tensor,
-    comb_TSS: Tensor,
-    mixed_TSD: Tensor,
-    fn: Tensor,
-    base: Tensor,
-    scale: Tensor,
-    mixes: Tensor,
-    inverse_rms_T: Tensor,
-    dpassed_TSD: Tensor,
-    dy_TD: Tensor,
-    dpost_TS: Tensor,
-    dcomb_TSS: Tensor,
-    rounds: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dout, dpost, dcomb, dfn, dbase, dscale) for contiguous inputs, parameters in FP32."""
-    rest, sublayer = (dpassed_TSD, dpost_TS, dcomb_TSS), (x_TSD, out_TD, post_TS, comb_TSS)
-    (dx_TSD, dout_TD, dpost, dcomb), (dfn, dbase, dscale) = _into_backward(
-        mixed_TSD, (fn, base, scale), mixes, inverse_rms_T, dy_TD, rest, sublayer, rounds, eps
-    )
-    return dx_TSD, dout_TD, dpost, dcomb, dfn, dbase, dscale
+    return _into_backward(x_TSD, (fn, base, scale), mixes, inverse_rms_T, dy_TD, (None, None, None), 1, eps)
 
 
 @opaque(lambda *inputs: tuple(torch.empty_like(x) for x in inputs[:4]))
@@ -420,11 +393,12 @@ class MixThrough(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         *sublayer, mixed_TSD, fn, base, scale, mixes, inverse_rms_T = ctx.saved_tensors
-        found = mix_through_backward(
-            *sublayer, mixed_TSD, *_wide(fn, base, scale), mixes, inverse_rms_T, *_contiguous(*gradients), ctx.rounds,
-            ctx.eps,
-        )  # fmt: skip
-        return *found[:4], *_narrow(found[4:], (fn, base, scale)), None, None, None
+        parameters = fn, base, scale
+        dmixed_TSD, *dparameters = mix_in_backward(
+            mixed_TSD, *_wide(*parameters), mixes, inverse_rms_T, *_contiguous(*gradients), ctx.rounds, ctx.eps
+        )
+        dsublayer = mix_out_backward(*sublayer, dmixed_TSD)
+        return *dsublayer, *_narrow(dparameters, parameters), None, None, None
 
 
 class MixOut(torch.autograd.Function):

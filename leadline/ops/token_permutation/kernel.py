@@ -1,13 +1,15 @@
 """Tokens to experts and back in Triton.
 
-Bytes are the floor: `dispatch` reads a token once, as far as the cache holds it, and writes it A times, `combine` reads
-A rows and writes one in FP32. Both are gathers: a program knows which rows it needs and owns what it writes, so nothing
-is added by two programs, and the sum over a token's experts runs in the order of its choices. Each is the other's
-backward.
+Bytes are the floor: `dispatch` reads a token once and writes it A times, `combine` reads A rows and writes one in FP32.
+Both go through the tokens in their own order, each token knowing the rows of its pairs, so that the side with fewer
+bytes is read or written in one sweep. Nothing is added by two programs, and the sum over a token's experts runs in the
+order of its choices. Each is the other's backward.
 
-The order itself is a counting sort. Runs of `PAIRS_PER_RUN` pairs (token, choice) are counted by one program each; then
-a pair's place is what comes before it: all pairs of lower experts, the pairs of its expert in earlier runs, and those
-earlier in its own run. Nothing of it goes through the host, and a pair's place does not depend on who is first.
+The order itself is a counting sort. Pairs (token, choice) come in runs of `PAIRS_PER_RUN`. One program counts a run's
+pairs for each expert; in the list of all counts, expert by expert and run by run, the sum of what comes before says
+where a run's pairs of an expert begin; and a pair's place is behind those of its expert that are earlier in its run.
+Nothing of it goes through the host, and a pair's place does not depend on who is first. A single run, as in decoding,
+is one program.
 """
 
 from __future__ import annotations
@@ -22,9 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from leadline.ops.opaque import opaque
 
-PAIRS_PER_RUN = 512
-PAIRS_AT_ONCE = 16  # compared with all pairs of a run
-RUNS_AT_ONCE = 16
+PAIRS_PER_RUN = 128
+PAIRS_AT_ONCE = 32  # compared with all pairs of a run
 VALUES_PER_TILE = 4096
 
 
@@ -40,48 +41,49 @@ def expert_counts_fwd_kernel(
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """counts[run, e]: pairs of a run that chose expert e."""
+    """counts[e, run]: pairs of a run that chose expert e."""
     pairs = tl.program_id(0) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)
     experts = tl.load(experts_ptr + pairs, mask=pairs < num_pairs, other=0).to(tl.int32)
     counts = tl.histogram(experts, BLOCK_E, mask=pairs < num_pairs)
     columns = tl.arange(0, BLOCK_E)
-    tl.store(counts_ptr + tl.program_id(0) * E + columns, counts, mask=columns < E)
+    tl.store(counts_ptr + columns * tl.num_programs(0) + tl.program_id(0), counts, mask=columns < E)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_runs"])
+@triton.jit(do_not_specialize=["num_pairs"])
 def expert_order_fwd_kernel(
     experts_ptr,
     counts_ptr,
+    ends_ptr,
     order_ptr,
     totals_ptr,
     num_pairs,
-    num_runs,
     E: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_OTHERS: tl.constexpr,
-    BLOCK_RUNS: tl.constexpr,
 ):
-    """Every pair of a run to its place in the order; the first run also writes the totals of all."""
-    run = tl.program_id(0)
+    """Every pair of a run to its place in the order; the first run also writes the totals of all. ends: the sums of
+    counts up to each of them, None when there is no other run."""
+    run, runs = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, BLOCK_E)
-    before = tl.zeros((BLOCK_E,), tl.int32)
-    total = tl.zeros((BLOCK_E,), tl.int32)
-    for start in range(0, num_runs, BLOCK_RUNS):
-        runs = start + tl.arange(0, BLOCK_RUNS)[:, None]
-        inside = (runs < num_runs) & (columns < E)[None, :]
-        counts = tl.load(counts_ptr + runs * E + columns[None, :], mask=inside, other=0)
-        total += tl.sum(counts, axis=0)
-        before += tl.sum(tl.where(runs < run, counts, 0), axis=0)
-    if run == 0:
-        tl.store(totals_ptr + columns, total.to(tl.int64), mask=columns < E)
-    first_place = tl.cumsum(total, axis=0) - total + before
-
     pairs = run * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)
     experts = tl.load(experts_ptr + pairs, mask=pairs < num_pairs, other=0).to(tl.int32)
+    if ends_ptr is None:
+        total = tl.histogram(experts, BLOCK_E, mask=pairs < num_pairs)
+        first_place = tl.cumsum(total, axis=0) - total
+    else:
+        here = columns * runs + run
+        first_place = tl.load(ends_ptr + here, mask=columns < E, other=0)
+        first_place -= tl.load(counts_ptr + here, mask=columns < E, other=0)
+        last = columns * runs + runs - 1
+        total = tl.load(ends_ptr + last, mask=columns < E, other=0)
+        total -= tl.load(ends_ptr + last - runs, mask=(columns > 0) & (columns < E), other=0)
+    if run == 0:
+        tl.store(totals_ptr + columns, total.to(tl.int64), mask=columns < E)
+
     place = tl.gather(first_place, experts, 0)
-    for start in range(run * BLOCK_PAIRS, (run + 1) * BLOCK_PAIRS, BLOCK_OTHERS):
-        others = start + tl.arange(0, BLOCK_OTHERS)
+    for start in range(0, BLOCK_PAIRS, BLOCK_OTHERS):
+        others = run * BLOCK_PAIRS + start + tl.arange(0, BLOCK_OTHERS)
         their_experts = tl.load(experts_ptr + others, mask=others < num_pairs, other=-1).to(tl.int32)
         earlier = (their_experts[None, :] == experts[:, None]) & (others[None, :] < pairs[:, None])
         place += tl.sum(earlier.to(tl.int32), axis=1)
@@ -97,40 +99,25 @@ def expert_order_fwd_kernel(
 def expert_order(experts_TA: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """(order_X, counts_E) for contiguous experts."""
     num_pairs, device = experts_TA.numel(), experts_TA.device
-    runs, block_experts = triton.cdiv(num_pairs, PAIRS_PER_RUN), triton.next_power_of_2(num_experts)
-    counts = torch.empty(runs, num_experts, dtype=torch.int32, device=device)
     order_X = torch.empty(num_pairs, dtype=torch.int64, device=device)
     counts_E = torch.empty(num_experts, dtype=torch.int64, device=device)
-    expert_counts_fwd_kernel[(runs,)](
-        experts_TA, counts, num_pairs, num_experts, PAIRS_PER_RUN, block_experts, num_warps=4
-    )
-    expert_order_fwd_kernel[(max(1, runs),)](
-        experts_TA, counts, order_X, counts_E, num_pairs, runs, num_experts, PAIRS_PER_RUN, block_experts,
-        PAIRS_AT_ONCE, RUNS_AT_ONCE, num_warps=4,
+    block_pairs = min(PAIRS_PER_RUN, max(PAIRS_AT_ONCE, triton.next_power_of_2(num_pairs)))
+    runs, block_experts = max(1, triton.cdiv(num_pairs, block_pairs)), triton.next_power_of_2(num_experts)
+    counts = ends = None
+    if runs > 1:
+        counts = torch.empty(num_experts, runs, dtype=torch.int32, device=device)
+        expert_counts_fwd_kernel[(runs,)](
+            experts_TA, counts, num_pairs, num_experts, block_pairs, block_experts, num_warps=4
+        )
+        ends = counts.flatten().cumsum(0, dtype=torch.int32)
+    expert_order_fwd_kernel[(runs,)](
+        experts_TA, counts, ends, order_X, counts_E, num_pairs, num_experts, block_pairs, block_experts, PAIRS_AT_ONCE,
+        num_warps=4,
     )  # fmt: skip
     return order_X, counts_E
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def dispatch_fwd_kernel(
-    x_ptr,
-    order_ptr,
-    y_ptr,
-    num_rows,
-    A: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    tokens = tl.load(order_ptr + rows, mask=rows < num_rows, other=0) // A
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = (rows < num_rows)[:, None] & (columns < D)[None, :]
-    x = tl.load(x_ptr + tokens[:, None] * D + columns[None, :], mask=inside)
-    tl.store(y_ptr + rows[:, None] * D + columns[None, :], x, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -139,6 +126,26 @@ def inverse_order_fwd_kernel(order_ptr, place_ptr, num_pairs, BLOCK: tl.constexp
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     pairs = tl.load(order_ptr + rows, mask=rows < num_pairs, other=0)
     tl.store(place_ptr + pairs, rows, mask=rows < num_pairs)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def dispatch_fwd_kernel(
+    x_ptr,
+    place_ptr,
+    y_ptr,
+    num_tokens,
+    A: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (tokens < num_tokens)[:, None] & (columns < D)[None, :]
+    x = tl.load(x_ptr + tokens[:, None] * D + columns[None, :], mask=inside)
+    for choice in tl.static_range(A):
+        rows = tl.load(place_ptr + tokens * A + choice, mask=tokens < num_tokens, other=0).to(tl.int64)
+        tl.store(y_ptr + rows[:, None] * D + columns[None, :], x, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -162,8 +169,16 @@ def combine_fwd_kernel(
     tl.store(out_ptr + tokens[:, None] * D + columns[None, :], total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+def _places(order_X: Tensor) -> Tensor:
+    """The row of every pair, int32."""
+    num_pairs = len(order_X)
+    place_X = torch.empty(num_pairs, dtype=torch.int32, device=order_X.device)
+    inverse_order_fwd_kernel[(triton.cdiv(num_pairs, 1024),)](order_X, place_X, num_pairs, 1024, num_warps=4)
+    return place_X
+
+
 def _tile(width: int) -> tuple[int, int]:
-    """(rows, columns) of a tile."""
+    """(tokens, columns) of a tile."""
     columns = min(VALUES_PER_TILE, triton.next_power_of_2(width))
     return VALUES_PER_TILE // columns, columns
 
@@ -171,28 +186,23 @@ def _tile(width: int) -> tuple[int, int]:
 @opaque(lambda x_TD, order_X, choices: x_TD.new_empty(order_X.shape[0], x_TD.shape[1]))
 def dispatch(x_TD: Tensor, order_X: Tensor, choices: int) -> Tensor:
     """[X, D] for contiguous inputs."""
-    num_rows, width = len(order_X), x_TD.shape[1]
-    y_XD = x_TD.new_empty(num_rows, width)
-    block_rows, block_columns = _tile(width)
-    dispatch_fwd_kernel[(triton.cdiv(num_rows, block_rows), triton.cdiv(width, block_columns))](
-        x_TD, order_X, y_XD, num_rows, choices, width, block_rows, block_columns, num_warps=8
+    num_tokens, width = x_TD.shape
+    y_XD = x_TD.new_empty(len(order_X), width)
+    block_tokens, block_columns = _tile(width)
+    dispatch_fwd_kernel[(triton.cdiv(num_tokens, block_tokens), triton.cdiv(width, block_columns))](
+        x_TD, _places(order_X), y_XD, num_tokens, choices, width, block_tokens, block_columns, num_warps=8
     )
     return y_XD
 
 
-@opaque(
-    lambda y_XD, order_X, choices, dtype: y_XD.new_empty(order_X.shape[0] // choices, y_XD.shape[1], dtype=dtype),
-)
+@opaque(lambda y_XD, order_X, choices, dtype: y_XD.new_empty(order_X.shape[0] // choices, y_XD.shape[1], dtype=dtype))
 def combine(y_XD: Tensor, order_X: Tensor, choices: int, dtype: torch.dtype) -> Tensor:
     """[T, D] in a dtype, summed in FP32, for contiguous inputs."""
-    num_pairs, width = y_XD.shape
-    place_X = torch.empty(num_pairs, dtype=torch.int32, device=y_XD.device)
-    inverse_order_fwd_kernel[(triton.cdiv(num_pairs, 1024),)](order_X, place_X, num_pairs, 1024, num_warps=4)
-    num_tokens = num_pairs // choices
+    num_tokens, width = len(order_X) // choices, y_XD.shape[1]
     out_TD = y_XD.new_empty(num_tokens, width, dtype=dtype)
     block_tokens, block_columns = _tile(width)
     combine_fwd_kernel[(triton.cdiv(num_tokens, block_tokens), triton.cdiv(width, block_columns))](
-        y_XD, place_X, out_TD, num_tokens, choices, width, block_tokens, block_columns, num_warps=8
+        y_XD, _places(order_X), out_TD, num_tokens, choices, width, block_tokens, block_columns, num_warps=8
     )
     return out_TD
 

@@ -1,0 +1,217 @@
+"""Kernels against references on a GPU: the same training run reaches the same loss.
+
+usage: python benchmarks/convergence_gpu.py [--steps N] [--out FILE] [--commit HASH]
+
+The `nano` model is trained on text of a small random grammar, in bfloat16 with master weights in FP32, from the same
+start on the same tokens: once with the references on the card, once with the kernels. Two more runs with kernels, from
+other starts on other tokens of the same grammar, show how much the loss differs by chance. The run with kernels passes
+when it differs from that with references by no more than those two differ from it.
+
+Kernels and references round differently, so the two runs part after a few steps like any two runs; what must agree is
+how well they learn. The loss of a run is the mean of its last quarter.
+
+The result is one JSON object per run, as `tools/readme.py` wants it, in
+`benchmarks/results/<machine>/convergence_gpu.jsonl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leadline.model.config import NANO, ModelConfig
+from leadline.model.init import initialize
+from leadline.model.segment import Segment
+from leadline.model.signals import Training
+from leadline.model.transformer import Transformer
+from leadline.ops.dispatch import Implementation, implementation
+from leadline.optim.clip import clip_gradients
+from leadline.optim.groups import build_optimizers
+from leadline.train.balance import update_selection_bias
+from leadline.train.losses import Losses, LossWeights, compute_losses
+from leadline.weights.names import keeps_float32
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = NANO.replace(vocab_size=512)
+LENGTHS = (700, 300, 24)  # of the sequences of a segment
+LR, WARMUP, CLIP = 1e-2, 10, 1.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run: what it ran as, its seed, the loss of each step in nats, and how long it took."""
+
+    name: Implementation
+    seed: int
+    losses: list[float]
+    seconds: float
+
+    @property
+    def loss(self) -> float:
+        last = self.losses[-max(1, len(self.losses) // 4) :]
+        return sum(last) / len(last)
+
+
+def grammar(vocabulary: int) -> Tensor:
+    """Probabilities of the next token after each, [V, V]: a few likely ones. The same in every run."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.softmax(4 * torch.randn(vocabulary, vocabulary, generator=generator), dim=1)
+
+
+def sequence(table_VV: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    """`length` tokens; the second half repeats the first, which attention alone can know."""
+    tokens = torch.empty(length, dtype=torch.int64)
+    tokens[0] = torch.randint(0, len(table_VV), (), generator=generator)
+    half = (length + 1) // 2
+    for place in range(1, half):
+        tokens[place] = torch.multinomial(table_VV[tokens[place - 1]], 1, generator=generator)
+    tokens[half:] = tokens[: length - half]
+    return tokens
+
+
+def batches(config: ModelConfig, steps: int, seed: int, device: torch.device) -> list[tuple[Segment, Tensor]]:
+    """(segment, next-token targets) of every step."""
+    generator, table_VV = torch.Generator().manual_seed(seed), grammar(config.vocab_size)
+    found = []
+    for _ in range(steps):
+        texts = [sequence(table_VV, length + 1, generator) for length in LENGTHS]
+        segment = Segment.of(*(text[:-1] for text in texts), device=device)
+        found.append((segment, torch.cat([text[1:] for text in texts]).to(device)))
+    return found
+
+
+class Objective(nn.Module):
+    """The losses of a model as the forward of a module, so that it can be called with other weights."""
+
+    def __init__(self, model: Transformer):
+        super().__init__()
+        self.model = model
+
+    def forward(self, segment: Segment, targets_T: Tensor, training: Training) -> Losses:
+        return compute_losses(self.model, segment, targets_T, LossWeights(), training)
+
+
+def train(name: Implementation, seed: int, steps: int, device: torch.device, config: ModelConfig = CONFIG) -> Result:
+    """One run from the start."""
+    model = Transformer(config)
+    initialize(model, seed)
+    model.to(device)
+    objective, optimizers = Objective(model), build_optimizers(model.named_parameters(), config, LR)
+    data, losses = batches(config, steps, seed, device), []
+    started = time.monotonic()
+    with implementation(name):
+        for step, (segment, targets_T) in enumerate(data):
+            masters = dict(objective.named_parameters())
+            weights = {
+                key: master if keeps_float32(key.removeprefix("model.")) else master.bfloat16()
+                for key, master in masters.items()
+            }
+            training = Training(dense=step < steps // 4)
+            found: Losses = torch.func.functional_call(objective, weights, (segment, targets_T, training))
+            gradients = torch.autograd.grad(found.total, list(masters.values()), allow_unused=True)
+            for master, gradient in zip(masters.values(), gradients, strict=True):
+                master.grad = gradient
+            clip_gradients(model.named_parameters(), CLIP)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = LR * min(1.0, (step + 1) / WARMUP)
+                optimizer.step()
+            update_selection_bias(model, found.counts_LE, 1e-3)
+            losses.append(float(found.next_token))
+    return Result(name, seed, losses, time.monotonic() - started)
+
+
+def compare(
+    steps: int, device: torch.device, kernels: Implementation = "kernel", config: ModelConfig = CONFIG
+) -> list[Result]:
+    """The run with references, the same with kernels, and two with kernels that differ by chance."""
+    plan: list[tuple[Implementation, int]] = [("reference", 0), (kernels, 0), (kernels, 1), (kernels, 2)]
+    return [train(name, seed, steps, device, config) for name, seed in plan]
+
+
+def passes(results: Sequence[Result]) -> bool:
+    """Whether kernels and references differ by no more than chance does; NaN never passes."""
+    reference, same, *others = (result.loss for result in results)
+    return abs(same - reference) <= max(abs(same - other) for other in others)
+
+
+def records(results: Sequence[Result], commit: str, device: torch.device) -> list[dict[str, Any]]:
+    """Lines of the result file; everything beside `row` is raw."""
+    machine = torch.cuda.get_device_name(device)
+    started, reference = datetime.now(UTC).isoformat(timespec="seconds"), results[0].loss
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
+    steps = len(results[0].losses)
+    return [
+        {
+            "benchmark": "convergence_gpu",
+            "title": f"Kernels learn as the references do: nano, bfloat16, {steps} steps of {sum(LENGTHS):,} tokens",
+            "command": "python benchmarks/convergence_gpu.py",
+            "machine": machine,
+            "time": started,
+            "commit": commit,
+            "versions": versions,
+            "losses": result.losses,
+            "row": {
+                "run": f"{result.name}s, start {result.seed}",
+                "first loss": f"{result.losses[0]:.3f}",
+                "loss of the last quarter": f"{result.loss:.4f}",
+                "difference": f"{result.loss - reference:+.4f}",
+                "seconds": f"{result.seconds:.1f}",
+            },
+        }
+        for result in results
+    ]
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _slug(card: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", card.lower().removeprefix("nvidia ")).strip("-")
+
+
+def main(arguments: list[str]) -> int:
+    """Run, print, store; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=100, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="result file, if not in the result folder")
+    parser.add_argument("--commit", default=None, help="revision measured, where git cannot tell it")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("convergence_gpu: needs a CUDA device", file=sys.stderr)
+        return 1
+    device = torch.device("cuda", torch.cuda.current_device())
+    results = compare(options.steps, device)
+    lines = records(results, options.commit or _commit(), device)
+    for line in lines:
+        print("  ".join(f"{column} {value}" for column, value in line["row"].items()))
+    folder = ROOT / "benchmarks" / "results" / _slug(torch.cuda.get_device_name(device))
+    path = options.out or folder / "convergence_gpu.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    passed = passes(results)
+    print(f"{'passed' if passed else 'FAILED'}; results: {path}")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
