@@ -315,11 +315,10 @@ def takes(rows: int, width: int) -> bool:
 
 
 def tokens_of_a_tile(num_rows: int, experts: int) -> int:
-    """Tokens of a tile, a power of two from 16 to 256. Experts have fewer rows than the average as often as more, and a
-    tile that is not full costs as much as a full one; half as many again as the average suit most of them."""
-    if experts:
-        return min(max(triton.next_power_of_2(num_rows * 3 // (2 * experts)), 16), 128)
-    return min(max(triton.next_power_of_2(num_rows), 16), 256)
+    """Tokens of a tile, a power of two from 16 to 256. Experts have more rows than the average as often as fewer, and
+    half as many again suit most of them."""
+    average = num_rows * 3 // (2 * experts) if experts else num_rows
+    return min(max(triton.next_power_of_2(average), 16), 256)
 
 
 def multiply(rounded: Activations, weight: Weight, y_TO: Tensor) -> None:
