@@ -25,6 +25,15 @@ VALUES_PER_TILE = 2048
 
 
 @triton.jit
+def begin(EARLY: tl.constexpr):
+    """The first line of a kernel that was started early (`starts_early`): waits for all that the kernel before it wrote,
+    and lets the next one start."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def e8m0_to_float(code):
     """2^(code - 127) of uint8 codes; 255 is NaN."""
     bits = tl.where(code == 0, 0x400000, code.to(tl.int32) << 23)
@@ -182,6 +191,12 @@ def write_rows_fwd_kernel(
         blocks: tl.constexpr = (K - R + 63) // 64
         for group in tl.static_range(blocks, groups):
             tl.store(scales + row_R * groups + group, tl.zeros((ROWS,), tl.uint8), mask=row_R >= 0)
+
+
+def starts_early(device: torch.device) -> bool:
+    """Whether the kernels of decoding start while the one before is still running, which hides the time that a start
+    takes; they wait before they read. GPUs can from Hopper on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def rotary_view(values: Tensor, scales: Tensor | None) -> Tensor:

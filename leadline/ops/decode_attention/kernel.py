@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leadline.ops.cache_rows.kernel import chunk_of, load_rows, rotary_view
+from leadline.ops.cache_rows.kernel import begin, chunk_of, load_rows, rotary_view, starts_early
 
 LOG2_E = math.log2(math.e)
 MOST_SPLITS = 33
@@ -70,9 +70,10 @@ def decode_attention_fwd_kernel(
     q_THK, window, window_rotary, window_scales, window_rows, entries, entry_rotary, entry_scales, entry_rows,
     sums_TSHK, most_TSH, total_TSH, H, W, M, scale,
     K: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One split of one query for a block of heads. scale: K^-0.5 log2 e. TILES: tiles of COLUMNS rows in a split."""
+    begin(EARLY)
     split, splits = tl.program_id(0), tl.num_programs(0)
     t = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -127,9 +128,10 @@ def decode_attention_fwd_kernel(
 @triton.jit
 def decode_attention_combine_kernel(
     sums_TSHK, most_TSH, total_TSH, sink_H, o_THK, lse_TH, S, H,
-    K: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
+    K: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """o of some columns of one head of one query, and its lse. S splits; one without a key has a total of 0 and no sums."""
+    begin(EARLY)
     t, h = tl.program_id(2).to(tl.int64), tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     s = tl.arange(0, SPLITS)
@@ -164,17 +166,21 @@ class Split(NamedTuple):
     splits: int
 
     @classmethod
-    def of(cls, window: int, entries: int, columns: int) -> Split:
-        """For lists of these lengths; at most MOST_SPLITS, so that what they leave stays small beside the cache."""
-        total = max(1, triton.cdiv(window, columns) + triton.cdiv(entries, columns))
+    def of(cls, window: int, entries: int, columns: tuple[int, ...]) -> Split:
+        """For lists of these lengths: into the smallest tiles of which there are not many, else into several of the
+        largest. At most MOST_SPLITS, so that what they leave stays small beside the cache."""
+        for size in columns:
+            total = max(1, triton.cdiv(window, size) + triton.cdiv(entries, size))
+            if total <= MOST_SPLITS:
+                return cls(size, 1, total)
         tiles = triton.next_power_of_2(triton.cdiv(total, MOST_SPLITS))
-        return cls(columns, tiles, triton.cdiv(total, tiles))
+        return cls(size, tiles, triton.cdiv(total, tiles))
 
 
 def heads_per_program(num_queries: int, num_heads: int, splits: int, multiprocessors: int) -> int:
-    """The largest block of heads, 16 or 64, that still gives every multiprocessor a program; 16 where none does."""
-    blocks = num_queries * splits * triton.cdiv(num_heads, 64)
-    return 64 if num_heads > 16 and blocks >= multiprocessors else 16
+    """The largest block of heads, 16 or 32, that still gives every multiprocessor a program; 16 where none does."""
+    blocks = num_queries * splits * triton.cdiv(num_heads, 32)
+    return 32 if num_heads > 16 and blocks >= multiprocessors else 16
 
 
 def for_hopper(q_THK: Tensor, rotary_width: int | None) -> bool:
@@ -209,12 +215,13 @@ def decode_attention_kernel(
     rotary_width = None if window_scales is None else window.shape[1] - width
     lengths = window_rows_TW.shape[1], entry_rows_TM.shape[1]
     hopper = for_hopper(q_THK, rotary_width)
-    split = Split.of(*lengths, 64 if hopper or q_THK.dtype != torch.float32 else 16)
+    split = Split.of(*lengths, (64, 128) if hopper else (16,) if q_THK.dtype == torch.float32 else (64,))
     most_TSH = q_THK.new_empty((num_queries, split.splits, num_heads), dtype=torch.float32)
     total_TSH = torch.empty_like(most_TSH)
     sums_TSHK = most_TSH.new_empty((*most_TSH.shape, width))
     rest = sums_TSHK, most_TSH, total_TSH, num_heads, *lengths, width**-0.5 * LOG2_E
-    shape = {"K": width, "R": rotary_width or 0, "TILES": split.tiles}
+    early = starts_early(q_THK.device)
+    shape = {"K": width, "R": rotary_width or 0, "TILES": split.tiles, "EARLY": early, "launch_pdl": early}
     if hopper:
         from leadline.ops.decode_attention.hopper import NUM_WARPS, decode_attention_fwd_hopper_kernel
 
@@ -223,7 +230,7 @@ def decode_attention_kernel(
         grid = split.splits, triton.cdiv(num_heads, heads), num_queries
         decode_attention_fwd_hopper_kernel[grid](
             q_THK, *as_words(window, window_scales), window_rows_TW, *as_words(entries, entry_scales), entry_rows_TM,
-            *rest, **shape, HEADS=heads, num_warps=NUM_WARPS,
+            *rest, **shape, TILE=split.columns, HEADS=heads, num_warps=NUM_WARPS,
         )  # fmt: skip
     else:
         grid = split.splits, triton.cdiv(num_heads, 16), num_queries
@@ -237,7 +244,8 @@ def decode_attention_kernel(
     columns = min(COLUMNS_OF_SUM, triton.next_power_of_2(width))
     decode_attention_combine_kernel[(triton.cdiv(width, columns), num_heads, num_queries)](
         sums_TSHK, most_TSH, total_TSH, sink_H.contiguous(), o_THK, lse_TH, split.splits, num_heads,
-        K=width, SPLITS=triton.next_power_of_2(split.splits), COLUMNS=columns, num_warps=4,
+        K=width, SPLITS=triton.next_power_of_2(split.splits), COLUMNS=columns,
+        EARLY=early, launch_pdl=early, num_warps=4,
     )  # fmt: skip
     return o_THK, lse_TH
 

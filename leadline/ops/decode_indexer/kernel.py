@@ -22,14 +22,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leadline.ops.cache_rows.kernel import load_index_rows
+from leadline.ops.cache_rows.kernel import begin, load_index_rows, starts_early
 from leadline.ops.decode_indexer.reference import PAGE_KEYS
 
 TILE = 64  # keys
 GROUP = 16  # keys
 COLUMNS = 256  # a multiple of which scores have, so that each query's begin at an address that suits wide loads
-CHOSEN = 1024  # groups that are left at most, unless there are more picks
-PROGRAMS_PER_MULTIPROCESSOR = 4
+REGIONS = 64  # that candidates are looked for in at the same time
+PROGRAMS_PER_MULTIPROCESSOR = 5
 LOWEST = tl.constexpr(-(2**31))
 
 
@@ -44,15 +44,16 @@ def ordered(score):
 @triton.jit
 def decode_index_scores_kernel(
     q_TJI, weight_TJ, keys, scales, pages_NP, sequence_T, visible_T, scores_TC, best_TG, J, P, M, C, G,
-    I: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+    I: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Ordered scores of the keys of one query, and the best of each group of them; nothing for a query whose visible
     entries are all picked."""
+    begin(EARLY)
     t = tl.program_id(1).to(tl.int64)
     visible = tl.load(visible_T + t).to(tl.int32)
+    pages_NP += tl.load(sequence_T + t).to(tl.int64) * P
     if visible <= M:
         return
-    pages_NP += tl.load(sequence_T + t).to(tl.int64) * P
     head = tl.arange(0, HEADS)
     real_J = head < J
     weight_J = tl.load(weight_TJ + t * J + head, mask=real_J, other=0.0)
@@ -83,67 +84,113 @@ def decode_index_scores_kernel(
 
 
 @triton.jit
-def _reaching(score, threshold):
-    return tl.sum((score >= threshold.to(tl.int32)).to(tl.int32))
+def _between(low, high, at_low, at_high, k, halve):
+    """A number between low and high, which at_low and at_high scores reach: by turns the middle, which bounds the number
+    of turns, and the place where k would be if the scores were spread evenly, which is close to it before long."""
+    share = tl.where(halve, 0.5, (at_low - k + 0.5) / (at_low - at_high))
+    step = ((high - low).to(tl.float32) * share).to(tl.int64)
+    return low + tl.minimum(tl.maximum(step, 1), high - low - 1)
 
 
 @triton.jit
-def _threshold(score, low, at_low, k, most):
-    """The largest number that at least k scores reach, or any that at least k and at most `most` reach; and how many
-    reach it. low: a number that at least k reach, at_low: how many, or too large a count."""
-    low = low.to(tl.int64)
-    high = tl.max(score).to(tl.int64) + 1
-    at_low = tl.full((), 0, tl.int32) + at_low
-    at_high = at_low * 0
-    halve = at_low >= 0
+def _bound(best, k, most):
+    """A number that at least k of the scores `best` [A] reach, and no more than `most` unless more are equal."""
+    low, high = tl.full((), LOWEST, tl.int64), tl.max(best).to(tl.int64) + 1
+    at_low, at_high = tl.full((), best.shape[0], tl.int32), tl.full((), 0, tl.int32)
+    halve = at_high == 0
     while (high - low > 1) & (at_low > most):
-        # By turns the middle, which bounds the number of turns, and the place where k would be if the scores were
-        # spread evenly, which is close to it before long.
-        share = tl.where(halve, 0.5, (at_low - k + 0.5) / (at_low - at_high))
-        step = ((high - low).to(tl.float32) * share).to(tl.int64)
-        middle = low + tl.minimum(tl.maximum(step, 1), high - low - 1)
-        reached = _reaching(score, middle)
+        middle = _between(low, high, at_low, at_high, k, halve)
+        reached = tl.sum((best >= middle.to(tl.int32)).to(tl.int32))
         enough = reached >= k
-        low = tl.where(enough, middle, low)
-        at_low = tl.where(enough, reached, at_low)
-        high = tl.where(enough, high, middle)
-        at_high = tl.where(enough, at_high, reached)
+        low, at_low = tl.where(enough, middle, low), tl.where(enough, reached, at_low)
+        high, at_high = tl.where(enough, high, middle), tl.where(enough, at_high, reached)
         halve = halve == 0
-    return low.to(tl.int32), at_low
+    return low.to(tl.int32)
 
 
 @triton.jit
-def _without_late_ties(score, number, threshold, reached, most):
-    """The scores, lowered where otherwise more than `most` would reach the threshold: of those right at it only the ones
-    with the lowest numbers stay. Numbers are below 2^30."""
-    if reached > most:
-        allowed = most - tl.sum((score > threshold).to(tl.int32))
-        low = tl.full((), -1, tl.int32)
-        high = tl.full((), 2**30, tl.int32)
-        while high - low > 1:
-            middle = low + (high - low) // 2
-            few = tl.sum(((score == threshold) & (number <= middle)).to(tl.int32)) <= allowed
-            low = tl.where(few, middle, low)
-            high = tl.where(few, high, middle)
-        score = tl.where((score == threshold) & (number > low), LOWEST, score)
-    return score
+def decode_candidates_kernel(
+    scores_TC, best_TG, visible_T, numbers_TRX, candidates_TRX, counts_TR, bound_T, M, C, G,
+    BEST: tl.constexpr, COLUMNS: tl.constexpr, REGION: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """The keys of one region of one query that may be picked: their numbers in ascending order and ordered scores, how
+    many they are, and the bound that they reach. BEST: groups of a query, COLUMNS: columns that they are dealt out to,
+    REGION: keys of a region; powers of two that the true numbers may fall short of."""
+    begin(EARLY)
+    t = tl.program_id(1).to(tl.int64)
+    region, regions = tl.program_id(0), tl.num_programs(0)
+    visible = tl.load(visible_T + t).to(tl.int32)
+    if visible <= M:
+        return
+    # Whole tiles were scored, so masks may go in steps of four, which lets a thread load four at once.
+    tiles = tl.cdiv(visible, 64)
+    group = tl.arange(0, BEST // COLUMNS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    best = tl.load(best_TG + t * G + group, mask=group // 4 < tiles, other=LOWEST)
+    of_region = tl.cdiv(tiles, regions)
+    tiles = tl.minimum(tl.maximum(tiles - region * of_region, 0), of_region)
+    four = 4 * tl.arange(0, REGION // 4)[:, None]
+    number = region * of_region * 64 + four + tl.arange(0, 4)[None, :]
+    score = tl.load(scores_TC + t * C + number, mask=four < tiles * 64, other=LOWEST)
 
+    bound = _bound(tl.max(best, 0), M, M + M // 8)
 
-@triton.jit
-def _places(taken):
-    """Where each of those that are taken stands among them. taken [4, A]: number 4 a + b at [b, a]. A thread loads four
-    numbers at once, so their sum stays within it, and only one for all four goes through the other threads."""
+    taken = (score >= bound) & (score > LOWEST)
     counts = taken.to(tl.int32)
-    together_A = tl.sum(counts, 0)
-    return tl.cumsum(counts, 0) - counts + (tl.cumsum(together_A, 0) - together_A)[None, :]
+    of_four = tl.sum(counts, 1)
+    place = tl.cumsum(counts, 1) - counts + (tl.cumsum(of_four, 0) - of_four)[:, None]
+    at = (t * regions + region) * REGION
+    tl.store(numbers_TRX + at + place, number, mask=taken)
+    tl.store(candidates_TRX + at + place, score, mask=taken)
+    tl.store(counts_TR + t * regions + region, tl.sum(counts))
+    if region == 0:
+        tl.store(bound_T + t, bound)
+
+
+@triton.jit
+def _block(candidates, count_R, at, REGION: tl.constexpr, REGIONS: tl.constexpr, SLOTS: tl.constexpr):
+    """Candidates `at` to at + SLOTS - 1 of every region: their addresses, and whether there are such."""
+    slot = at + tl.arange(0, SLOTS)[None, :]
+    return candidates + tl.arange(0, REGIONS)[:, None] * REGION + slot, slot < count_R[:, None]
+
+
+@triton.jit
+def _reaching(candidates, count_R, most, score, REGION: tl.constexpr, REGIONS: tl.constexpr, SLOTS: tl.constexpr):
+    """How many candidates reach a score."""
+    reached = tl.full((), 0, tl.int32)
+    for at in range(0, most, SLOTS):
+        place, real = _block(candidates, count_R, at, REGION, REGIONS, SLOTS)
+        reached += tl.sum((tl.load(place, mask=real, other=LOWEST) >= score.to(tl.int32)).to(tl.int32))
+    return reached
+
+
+@triton.jit
+def _last_tie(
+    candidates, numbers, count_R, most, threshold, allowed,
+    REGION: tl.constexpr, REGIONS: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """The largest number so that at most `allowed` candidates right at the threshold have one up to it."""
+    low, high = tl.full((), -1, tl.int32), tl.full((), 2**30, tl.int32)
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        tied = tl.full((), 0, tl.int32)
+        for at in range(0, most, SLOTS):
+            place, real = _block(candidates, count_R, at, REGION, REGIONS, SLOTS)
+            score = tl.load(place, mask=real, other=LOWEST)
+            place, real = _block(numbers, count_R, at, REGION, REGIONS, SLOTS)
+            number = tl.load(place, mask=real, other=2**30)
+            tied += tl.sum(((score == threshold) & (number <= middle)).to(tl.int32))
+        low, high = tl.where(tied <= allowed, middle, low), tl.where(tied <= allowed, high, middle)
+    return low
 
 
 @triton.jit
 def decode_select_kernel(
-    scores_TC, best_TG, pages_NP, sequence_T, visible_T, chosen_TG, picked_TM, rows_TM, P, M, C, G,
-    PICKS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, CHOSEN: tl.constexpr,
+    numbers_TRX, candidates_TRX, counts_TR, bound_T, pages_NP, sequence_T, visible_T, picked_TM, rows_TM, P, M,
+    PICKS: tl.constexpr, REGION: tl.constexpr, REGIONS: tl.constexpr, SLOTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Picks of one query. chosen: the numbers of the groups that are left, at most CHOSEN."""
+    """Picks of one query: of its candidates the M best. Usually one block of SLOTS candidates a region holds all of
+    them; when scores are crowded, the walk over several takes longer."""
+    begin(EARLY)
     t = tl.program_id(0).to(tl.int64)
     visible = tl.load(visible_T + t).to(tl.int32)
     pages_NP += tl.load(sequence_T + t).to(tl.int64) * P
@@ -151,37 +198,45 @@ def decode_select_kernel(
     rows_TM += t * M
     pick = tl.arange(0, PICKS)
     if visible > M:
-        scores_TC += t * C
-        best_TG += t * G
-        chosen_TG += t * CHOSEN
-        # Whole tiles were scored: four groups of 16 keys each. In steps of four, masks let a thread load four at once.
-        groups = tl.cdiv(visible, 4 * GROUP) * 4
-        four = tl.arange(0, 4)[:, None]
-        # With few groups every one of them is left.
-        threshold, reached = tl.full((), LOWEST, tl.int32), tl.full((), 0, tl.int32)
-        if groups > CHOSEN:
-            group = tl.arange(0, 16)[:, None] * (GROUPS // 16) + tl.arange(0, GROUPS // 16)[None, :]
-            best = tl.load(best_TG + group, mask=group < groups, other=LOWEST)
-            # What k columns reach is reached by k groups, and with many columns not by many more.
-            if GROUPS // 16 >= PICKS:
-                threshold, _ = _threshold(tl.max(best, 0), threshold, GROUPS, M, M + M // 8)
-            threshold, reached = _threshold(best, threshold, _reaching(best, threshold), M, CHOSEN)
-        group = 4 * tl.arange(0, GROUPS // 4)[None, :]
-        real = group < groups
-        group += four
-        best = tl.load(best_TG + group, mask=real, other=LOWEST)
-        taken = (_without_late_ties(best, group, threshold, reached, CHOSEN) >= threshold) & real
-        tl.store(chosen_TG + _places(taken), group, mask=taken)
-        count = tl.sum(taken.to(tl.int32))
-        tl.debug_barrier()
+        numbers, candidates = numbers_TRX + t * REGIONS * REGION, candidates_TRX + t * REGIONS * REGION
+        count_R = tl.load(counts_TR + t * REGIONS + tl.arange(0, REGIONS))
+        most = tl.max(count_R)
+        low, at_low = tl.load(bound_T + t).to(tl.int64), tl.sum(count_R)
+        high, at_high = low, at_low * 0
+        for at in range(0, most, SLOTS):
+            place, real = _block(candidates, count_R, at, REGION, REGIONS, SLOTS)
+            high = tl.maximum(high, tl.max(tl.load(place, mask=real, other=LOWEST)).to(tl.int64) + 1)
+        halve = at_high == 0
+        while (high - low > 1) & (at_low > M):
+            middle = _between(low, high, at_low, at_high, M, halve)
+            reached = _reaching(candidates, count_R, most, middle, REGION, REGIONS, SLOTS)
+            enough = reached >= M
+            low, at_low = tl.where(enough, middle, low), tl.where(enough, reached, at_low)
+            high, at_high = tl.where(enough, high, middle), tl.where(enough, at_high, reached)
+            halve = halve == 0
+        threshold = low.to(tl.int32)
+        last = tl.full((), 2**30, tl.int32)
+        if at_low > M:
+            allowed = M - _reaching(candidates, count_R, most, low + 1, REGION, REGIONS, SLOTS)
+            last = _last_tie(candidates, numbers, count_R, most, threshold, allowed, REGION, REGIONS, SLOTS)
 
-        place = tl.arange(0, CHOSEN * GROUP // 4)[None, :]
-        slot = place // (GROUP // 4)
-        number = tl.load(chosen_TG + slot, mask=slot < count, other=0) * GROUP + place % (GROUP // 4) * 4 + four
-        score = tl.load(scores_TC + number, mask=slot < count, other=LOWEST)
-        threshold, reached = _threshold(score, threshold, CHOSEN * GROUP, M, M)
-        taken = _without_late_ties(score, number, threshold, reached, M) >= threshold
-        tl.store(picked_TM + _places(taken), number, mask=taken)
+        taken_R = tl.zeros((REGIONS,), tl.int32)
+        for at in range(0, most, SLOTS):
+            place, real = _block(candidates, count_R, at, REGION, REGIONS, SLOTS)
+            score = tl.load(place, mask=real, other=LOWEST)
+            place, real = _block(numbers, count_R, at, REGION, REGIONS, SLOTS)
+            number = tl.load(place, mask=real, other=2**30)
+            taken_R += tl.sum((real & (score >= threshold + (number > last).to(tl.int32))).to(tl.int32), 1)
+        before_R = tl.cumsum(taken_R, 0) - taken_R
+        for at in range(0, most, SLOTS):
+            place, real = _block(candidates, count_R, at, REGION, REGIONS, SLOTS)
+            score = tl.load(place, mask=real, other=LOWEST)
+            place, real = _block(numbers, count_R, at, REGION, REGIONS, SLOTS)
+            number = tl.load(place, mask=real, other=2**30)
+            taken = real & (score >= threshold + (number > last).to(tl.int32))
+            counts = taken.to(tl.int32)
+            tl.store(picked_TM + before_R[:, None] + tl.cumsum(counts, 1) - counts, number, mask=taken)
+            before_R += tl.sum(counts, 1)
         tl.debug_barrier()
         number = tl.load(picked_TM + pick, mask=pick < M, other=-1)
     else:
@@ -214,14 +269,16 @@ def _scores(
     grid = min(columns // TILE, programs), num_queries
     rest = scales, pages_NP, sequence_T, visible_T, scores_TC, best_TG
     sizes = pages, picks, columns, columns // GROUP
+    early = starts_early(q_TJI.device)
     if for_hopper(q_TJI, scales):
         from leadline.ops.decode_indexer.hopper import decode_index_scores_hopper_kernel
 
-        decode_index_scores_hopper_kernel[grid](q_TJI, weight_TJ, keys.view(torch.int32), *rest, *sizes, num_warps=4)
+        decode_index_scores_hopper_kernel[grid](q_TJI, weight_TJ, keys.view(torch.int32), *rest, *sizes, EARLY=early, launch_pdl=early, num_warps=4, maxnreg=96)
     else:
         decode_index_scores_kernel[grid](
             q_TJI, weight_TJ, keys, *rest, heads, *sizes,
-            I=width, HEADS=max(16, triton.next_power_of_2(heads)), TILE=TILE, GROUP=GROUP, num_warps=4,
+            I=width, HEADS=max(16, triton.next_power_of_2(heads)), TILE=TILE, GROUP=GROUP,
+            EARLY=early, launch_pdl=early, num_warps=4,
         )  # fmt: skip
     return scores_TC, best_TG
 
@@ -241,17 +298,25 @@ def decode_pick_entries_kernel(
     q_TJI, weight_TJ, pages_NP = q_TJI.contiguous(), weight_TJ.contiguous(), pages_NP.contiguous()
     num_queries, pages = len(q_TJI), pages_NP.shape[1]
     picks = min(k, PAGE_KEYS * pages)
+    early = starts_early(q_TJI.device)
     scores_TC, best_TG = _scores(q_TJI, weight_TJ, keys, scales, pages_NP, sequence_T, visible_T, picks)
     picked_TM = torch.empty(num_queries, picks, dtype=torch.int32, device=q_TJI.device)
     rows_TM = torch.empty_like(picked_TM)
-    most = triton.next_power_of_2(picks)
-    groups = max(GROUP, triton.next_power_of_2(best_TG.shape[1]))
-    chosen = min(max(CHOSEN, most), groups)
-    chosen_TG = torch.empty(num_queries, chosen, dtype=torch.int32, device=q_TJI.device)
+    most, groups = triton.next_power_of_2(picks), triton.next_power_of_2(best_TG.shape[1])
+    region = triton.next_power_of_2(triton.cdiv(scores_TC.shape[1], REGIONS * TILE)) * TILE
+    numbers_TRX = torch.empty(num_queries, REGIONS, region, dtype=torch.int32, device=q_TJI.device)
+    candidates_TRX = torch.empty_like(numbers_TRX)
+    counts_TR, bound_T = numbers_TRX.new_empty(num_queries, REGIONS), numbers_TRX.new_empty(num_queries)
+    decode_candidates_kernel[(REGIONS, num_queries)](
+        scores_TC, best_TG, visible_T, numbers_TRX, candidates_TRX, counts_TR, bound_T,
+        picks, scores_TC.shape[1], best_TG.shape[1],
+        BEST=groups, COLUMNS=min(groups, max(1024, 2 * most)), REGION=region,
+        EARLY=early, launch_pdl=early, num_warps=4 if region < 2048 else 8,
+    )  # fmt: skip
     decode_select_kernel[(num_queries,)](
-        scores_TC, best_TG, pages_NP, sequence_T, visible_T, chosen_TG, picked_TM, rows_TM,
-        pages, picks, scores_TC.shape[1], best_TG.shape[1],
-        PICKS=most, GROUPS=groups, GROUP=GROUP, CHOSEN=chosen, num_warps=4 if groups * GROUP <= 2**14 else 8,
+        numbers_TRX, candidates_TRX, counts_TR, bound_T, pages_NP, sequence_T, visible_T, picked_TM, rows_TM,
+        pages, picks, PICKS=most, REGION=region, REGIONS=REGIONS, SLOTS=32,
+        EARLY=early, launch_pdl=early, num_warps=8,
     )  # fmt: skip
     return picked_TM, rows_TM
 
