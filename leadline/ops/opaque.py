@@ -19,17 +19,19 @@ Result = TypeVar("Result")
 
 def opaque(
     fake: Callable[..., Any],
+    changes: tuple[str, ...] = (),
 ) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
     """Decorator for a function of positional tensors and numbers that returns new tensors: one, or a tuple or list.
 
     fake: takes the same arguments and returns tensors with the shapes, dtypes, strides and devices of the results; what
-    they hold is never looked at. The function must be annotated, must not change its arguments, must not return one of
-    them or a view of one, and must not ask the device for a number.
+    they hold is never looked at. changes: names of the arguments that the function writes into; such a function returns
+    nothing. It must be annotated, must not change other arguments, must not return one of them or a view of one, and
+    must not ask the device for a number.
     """
 
     def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         folder = function.__module__.split(".")[-2]
-        operation = torch.library.custom_op(f"leadline::{folder}_{function.__name__}", function, mutates_args=())
+        operation = torch.library.custom_op(f"leadline::{folder}_{function.__name__}", function, mutates_args=changes)
         operation.register_fake(fake)
 
         @functools.wraps(function)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from leadline.formats import fp4, fp8
 from leadline.formats.cache_entry import KEY_BLOCK
+from leadline.ops.opaque import opaque
 
 VALUES_PER_TILE = 2048
 
@@ -180,7 +181,9 @@ def write_rows_fwd_kernel(
                 if INDEX:
                     even, odd = tl.split(tl.reshape(_e2m1_codes(block), (ROWS, CHUNK // 2, 2)))
                     pair = at // 2 + tl.arange(0, CHUNK // 2)
-                    tl.store(target + row_R[:, None] * (K // 2) + pair[None, :], (even | (odd << 4)).to(tl.uint8), mask=real)
+                    tl.store(
+                        target + row_R[:, None] * (K // 2) + pair[None, :], (even | (odd << 4)).to(tl.uint8), mask=real
+                    )
                 else:
                     place = target + row_R[:, None] * (K + R) + column[None, :]
                     tl.store(place, _e4m3_codes(block), mask=real & (column < coded)[None, :])
@@ -217,14 +220,22 @@ def chunk_of(width: int) -> int:
 def _shape(values: Tensor, scales: Tensor | None, width: int) -> dict[str, int | bool]:
     index = is_index(values, scales, width)
     rotary_width = 0 if index or scales is None else values.shape[1] - width
-    return {"K": width, "R": rotary_width, "INDEX": index, "ROWS": max(1, VALUES_PER_TILE // triton.next_power_of_2(width))}
+    return {
+        "K": width,
+        "R": rotary_width,
+        "INDEX": index,
+        "ROWS": max(1, VALUES_PER_TILE // triton.next_power_of_2(width)),
+    }
 
 
-@torch.library.custom_op("leadline::read_rows", mutates_args=())
-def read_rows_kernel(
-    values: Tensor, scales: Tensor | None, rows_X: Tensor, width: int, dtype: torch.dtype
-) -> Tensor:
-    out_XK = values.new_empty((len(rows_X), width), dtype=dtype)
+def _new_rows(values: Tensor, scales: Tensor | None, rows_X: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    return values.new_empty((len(rows_X), width), dtype=dtype)
+
+
+@opaque(_new_rows)
+def read_rows_kernel(values: Tensor, scales: Tensor | None, rows_X: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """`read_rows` for a source as `operands` gives it."""
+    out_XK = _new_rows(values, scales, rows_X, width, dtype)
     shape = _shape(values, scales, width)
     read_rows_fwd_kernel[(triton.cdiv(len(rows_X), shape["ROWS"]),)](
         values, rotary_view(values, scales), scales, rows_X, out_XK, len(rows_X),
@@ -233,13 +244,13 @@ def read_rows_kernel(
     return out_XK
 
 
-@read_rows_kernel.register_fake
-def _(values: Tensor, scales: Tensor | None, rows_X: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    return values.new_empty((len(rows_X), width), dtype=dtype)
+def _nothing(values: Tensor, scales: Tensor | None, rows_X: Tensor, vectors_XK: Tensor) -> None:
+    return None
 
 
-@torch.library.custom_op("leadline::write_rows", mutates_args=("values", "scales"))
+@opaque(_nothing, changes=("values", "scales"))
 def write_rows_kernel(values: Tensor, scales: Tensor | None, rows_X: Tensor, vectors_XK: Tensor) -> None:
+    """`write_rows` for a target as `operands` gives it."""
     width = vectors_XK.shape[1]
     shape = _shape(values, scales, width)
     chunk, number_format = (fp4.BLOCK, fp4) if shape["INDEX"] else (chunk_of(width), fp8)
@@ -247,8 +258,3 @@ def write_rows_kernel(values: Tensor, scales: Tensor | None, rows_X: Tensor, vec
         vectors_XK.contiguous(), rows_X, values, rotary_view(values, scales), scales, len(rows_X),
         **shape, CHUNK=chunk, LARGEST=number_format.LARGEST, FLOOR=number_format.AMAX_FLOOR, num_warps=4,
     )  # fmt: skip
-
-
-@write_rows_kernel.register_fake
-def _(values: Tensor, scales: Tensor | None, rows_X: Tensor, vectors_XK: Tensor) -> None:
-    return None

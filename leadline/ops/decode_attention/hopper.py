@@ -1,15 +1,19 @@
 """Attention of single queries for Hopper, in Gluon: the kernel of `kernel.py` with its pipeline spelled out.
 
-The products are turned around: 64 keys are the rows of the first, S^T = k q^T, and the K columns of the keys those of the
-second, o^T = k^T p^T. So the tile of keys, written to shared memory once in bfloat16, is the first operand of both, and
-the heads are the columns of products that may be as few as 16. A head's numbers do not depend on how many others are in
-the block.
+The products are turned around: keys are the rows of the first, S^T = k q^T, and the K columns of the keys those of the
+second, o^T = k^T p^T. So a tile of keys, written to shared memory once in bfloat16, is the first operand of both, and the
+heads are the columns of products that may be as few as 16. A head's numbers do not depend on how many others are in the
+block.
 
-Order of a step: the first product of a tile runs while the next tile, whose bytes were loaded a step ago, is decoded in
-registers and written to the other half of shared memory, and the bytes of the one after it are asked for. The rules of
+Eight-bit codes become bfloat16 two at a time: a word holds four, and one shift puts codes 0 and 2 (or 1 and 3) into the
+lower and the upper half of a register, sign at the top and the other seven bits across exponent and mantissa. That is
+the value times 2^-120, and two exact products, with 2^120 and with the scale, make it right. The two halves of a register
+are neighbours in shared memory, so columns stand there in the order 0, 2, 1, 3 of each four. The query is put into the
+same order, and the sums are written back in theirs.
+
+The bytes of the next tile are on their way while one is decoded and multiplied. The rules of
 `sparse_attention/hopper.py` hold here as well: phases of shared memory are divided by a wait, a barrier and a proxy
-fence, and no accumulator is touched while it is in flight, not even on another path, so what is decoded for a tile that
-does not exist is zeros.
+fence, and no accumulator is touched while it is in flight, not even on another path.
 """
 
 from __future__ import annotations
@@ -26,14 +30,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # as Triton 3.6 calls it
 
-NUM_WARPS = 8
-
-# 16 bytes a thread and 512 a warp when rows are copied; and 16 bytes a thread of
-# a chunk of 64 codes of each row that is decoded.
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16))
-COPY = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0]))
-WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [8, 1], [1, 0]))
-LISTED = gl.constexpr(gl.BlockedLayout([1], [32], [8], [0]))
 
 
 @gluon.jit
@@ -46,9 +43,9 @@ def _listed(window_rows, entry_rows, place, W, M, TILE: gl.constexpr):
 
 
 @gluon.jit
-def _load_packed(payload, scales, rows, K: gl.constexpr):
+def _load_packed(payload, scales, rows, K: gl.constexpr, WORDS: gl.constexpr):
     """The bytes of packed rows, four in an integer: chunks of 64 codes, the rotary part behind them, and the scales of a
-    row as one integer. Whole integers, because a register that waits for the next step would hold one byte else."""
+    row as one integer."""
     WORDS_OF_ROW: gl.constexpr = (K + 64) // 4
     rows = rows.to(gl.int64)
     real = rows >= 0
@@ -62,36 +59,54 @@ def _load_packed(payload, scales, rows, K: gl.constexpr):
 
 
 @gluon.jit
-def _decoded(word, scales, c: gl.constexpr, TILE: gl.constexpr):
-    """Chunk c of packed rows in bfloat16 [TILE, 64]."""
-    code = (scales >> (8 * c)).to(gl.int32) & 0xFF
-    scale = gl.where(code == 255, 0x7FC00000, gl.maximum(code << 23, 0x400000)).to(gl.float32, bitcast=True)
-    first, second = (word & 0xFF).to(gl.uint8), ((word >> 8) & 0xFF).to(gl.uint8)
-    third, fourth = ((word >> 16) & 0xFF).to(gl.uint8), ((word >> 24) & 0xFF).to(gl.uint8)
-    codes = gl.join(gl.join(first, third), gl.join(second, fourth)).reshape([TILE, 64])
-    values = codes.to(gl.float8e4nv, bitcast=True).to(gl.float16).to(gl.float32)
-    factor = gl.convert_layout(scale, gl.SliceLayout(1, values.type.layout), assert_trivial=True)
-    return (values * factor[:, None]).to(gl.bfloat16)
+def _halves(words):
+    """The lower and the upper 16 bits of each integer, one behind the other, as bfloat16 [rows, 2 x columns]."""
+    both = gl.join((words & 0xFFFF).to(gl.int16), (words >> 16).to(gl.int16))
+    return both.reshape([words.shape[0], 2 * words.shape[1]]).to(gl.bfloat16, bitcast=True)
 
 
 @gluon.jit
-def _decode(keys, chunks, scales, K: gl.constexpr, TILE: gl.constexpr):
-    """Write packed rows to shared memory in bfloat16. First the left halves of all buffers, because between two writes to
-    one buffer stands a barrier."""
+def _decoded(words, scales, c: gl.constexpr):
+    """Chunk c of packed rows in bfloat16 [rows, 64]; columns in the order 0, 2, 1, 3 of each four."""
+    even = ((words << 8) & -0x7FFF8000) | ((words << 4) & 0x07F007F0)
+    odd = (words & -0x7FFF8000) | ((words >> 4) & 0x07F007F0)
+    values = _halves(gl.join(even, odd).reshape([words.shape[0], 32]))
+    code = (scales >> (8 * c)).to(gl.int32) & 0xFF
+    bits = gl.where(code == 255, 0x7FC0, gl.maximum(code << 7, 0x40))
+    scale = bits.to(gl.int16).to(gl.bfloat16, bitcast=True)
+    scale = gl.convert_layout(scale, gl.SliceLayout(1, values.type.layout), assert_trivial=True)
+    return values * gl.full([], 2.0**120, gl.bfloat16) * scale[:, None]
+
+
+@gluon.jit
+def _decode(keys, chunks, scales, K: gl.constexpr):
+    """Write packed rows to shared memory. First the left halves of all buffers, because between two writes to one buffer
+    stands a barrier."""
     for half in gl.static_range(2):
         for b in gl.static_range(K // 128):
             if 2 * b + half < (K - 64) // 64:
-                values = _decoded(chunks[2 * b + half], scales, 2 * b + half, TILE)
+                values = _decoded(chunks[2 * b + half], scales, 2 * b + half)
                 keys[b].slice(half * 64, 64, 1).store(values)
             else:
-                last = chunks[2 * b + half]
-                low, high = (last & 0xFFFF).to(gl.int16), (last >> 16).to(gl.int16)
-                turned = gl.join(low, high).reshape([TILE, 64]).to(gl.bfloat16, bitcast=True)
-                keys[b].slice(half * 64, 64, 1).store(turned)
+                keys[b].slice(half * 64, 64, 1).store(_halves(chunks[2 * b + half]))
 
 
 @gluon.jit
-def _copy(target, vectors, rows, K: gl.constexpr):
+def _store_query(target, q_HK, heads, K: gl.constexpr, R: gl.constexpr, HEADS: gl.constexpr, WARPS: gl.constexpr):
+    """Write a block of heads to shared memory, zeros behind `heads`, with columns in the order of the keys."""
+    QUERY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    head = gl.arange(0, HEADS, gl.SliceLayout(1, QUERY))
+    for half in gl.static_range(2):
+        for b in gl.static_range(K // 128):
+            column = b * 128 + half * 64 + gl.arange(0, 64, gl.SliceLayout(0, QUERY))
+            q = gl.load(q_HK + (head * K)[:, None] + column[None, :], mask=(head < heads)[:, None], other=0.0)
+            if b * 128 + half * 64 < K - 64 and R > 0:
+                q = q.reshape([HEADS, 16, 2, 2]).permute([0, 1, 3, 2]).reshape([HEADS, 64])
+            target[b].slice(half * 64, 64, 1).store(q)
+
+
+@gluon.jit
+def _copy(target, vectors, rows, K: gl.constexpr, COPY: gl.constexpr):
     """Begin to copy 128 columns of some rows of floats to shared memory; zeros for -1."""
     column = gl.arange(0, 128, gl.SliceLayout(0, COPY))
     pointers = vectors + (rows.to(gl.int64) * K)[:, None] + column[None, :]
@@ -103,7 +118,7 @@ def decode_attention_fwd_hopper_kernel(
     q_THK, window, window_scales, window_rows, entries, entry_scales, entry_rows,
     sums_TSHK, most_TSH, total_TSH, H, W, M, scale,
     K: gl.constexpr, R: gl.constexpr, TILE: gl.constexpr, TILES: gl.constexpr, HEADS: gl.constexpr,
-    EARLY: gl.constexpr,
+    WARPS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """One split of one query for a block of heads: TILES tiles of TILE rows. Packed rows come as int32, with one int64 of
     scales each; R is 0 for floats."""
@@ -111,9 +126,13 @@ def decode_attention_fwd_hopper_kernel(
         gdc_wait()
         gdc_launch_dependents()
     BUFFERS: gl.constexpr = K // 128
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
+    WORDS: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0])
     ROWS: gl.constexpr = gl.SliceLayout(1, WORDS if R else COPY)
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [TILE // 16, 128 // TILE], [16, HEADS * TILE // 128, 16])
-    SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, HEADS, 16])
+    # Warps side by side where a tile has fewer rows than they need.
+    BESIDE: gl.constexpr = 16 * WARPS // TILE
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS // BESIDE, BESIDE], [16, HEADS // BESIDE, 16])
+    SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HEADS, 16])
     HEAD: gl.constexpr = gl.SliceLayout(0, SCORES)
     dtype: gl.constexpr = q_THK.dtype.element_ty
     split, splits = gl.program_id(0), gl.num_programs(0)
@@ -128,14 +147,14 @@ def decode_attention_fwd_hopper_kernel(
 
     place = first + gl.arange(0, TILE, ROWS)
     rows = _listed(window_rows, entry_rows, place, W, M, TILE)
-    listed = _listed(window_rows, entry_rows, first + gl.arange(0, TILES * TILE, LISTED), W, M, TILE)
-    if gl.max(listed, 0) < 0:
+    all_places = first + gl.arange(0, TILES * TILE, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    if gl.max(_listed(window_rows, entry_rows, all_places, W, M, TILE), 0) < 0:
         gl.store(most_TSH + at + h, gl.full([HEADS], float("-inf"), gl.float32, HEAD), mask=head + h < H)
         gl.store(total_TSH + at + h, gl.zeros([HEADS], gl.float32, HEAD), mask=head + h < H)
         return
 
     keys, q, sums = (), (), ()
-    for b in gl.static_range(BUFFERS):
+    for _ in gl.static_range(BUFFERS):
         keys += (gl.allocate_shared_memory(dtype, [TILE, 128], SHARED),)
         q += (gl.allocate_shared_memory(dtype, [HEADS, 128], SHARED),)
         sums += (gl.zeros([128, HEADS], gl.float32, SUM),)
@@ -143,19 +162,17 @@ def decode_attention_fwd_hopper_kernel(
     vectors = gl.where(first < window_places, window, entries)
     if R:
         scales = gl.where(first < window_places, window_scales, entry_scales)
-        chunks, codes = _load_packed(vectors, scales, rows, K)
-    row = gl.arange(0, HEADS, gl.SliceLayout(1, COPY))
-    for b in gl.static_range(BUFFERS):
-        _copy(q[b], q_THK + (t * H + head) * K + b * 128, gl.where(head + row < H, row, -1), K)
+        chunks, codes = _load_packed(vectors, scales, rows, K, WORDS)
+    _store_query(q, q_THK + (t * H + head) * K, H - head, K, R, HEADS, WARPS)
     most = gl.full([HEADS], float("-inf"), gl.float32, HEAD)  # in units of log 2
     totals = gl.zeros([TILE, HEADS], gl.float32, SCORES)
     for tile in range(TILES):
         if R:
-            _decode(keys, chunks, codes, K, TILE)
+            _decode(keys, chunks, codes, K)
         else:
             for b in gl.static_range(BUFFERS):
-                _copy(keys[b], vectors + b * 128, rows, K)
-        async_copy.commit_group()
+                _copy(keys[b], vectors + b * 128, rows, K, COPY)
+            async_copy.commit_group()
         key = first + tile * TILE + gl.arange(0, TILE, gl.SliceLayout(1, SCORES))
         seen = _listed(window_rows, entry_rows, key, W, M, TILE) >= 0
         if TILES > 1:
@@ -164,7 +181,7 @@ def decode_attention_fwd_hopper_kernel(
             vectors = gl.where(next_place < window_places, window, entries)
             if R:
                 scales = gl.where(next_place < window_places, window_scales, entry_scales)
-                chunks, codes = _load_packed(vectors, scales, rows, K)
+                chunks, codes = _load_packed(vectors, scales, rows, K, WORDS)
         async_copy.wait_group(0)
         fence_async_shared()
         barrier()
@@ -199,4 +216,7 @@ def decode_attention_fwd_hopper_kernel(
     h = gl.arange(0, HEADS, gl.SliceLayout(0, SUM))
     for b in gl.static_range(BUFFERS):
         column = b * 128 + gl.arange(0, 128, gl.SliceLayout(1, SUM))
+        if R:
+            in_order = (column & -4) | ((column & 1) << 1) | ((column >> 1) & 1)
+            column = gl.where(column < K - 64, in_order, column)
         gl.store(sums_TSHK + column[:, None] + ((at + h) * K)[None, :], sums[b], mask=(head + h < H)[None, :])

@@ -29,9 +29,11 @@ import triton.language as tl
 from torch import Tensor
 
 from leadline.ops.cache_rows.kernel import begin, chunk_of, load_rows, rotary_view, starts_early
+from leadline.ops.opaque import opaque
 
 LOG2_E = math.log2(math.e)
 MOST_SPLITS = 33
+HOPPER_TILE, HOPPER_WARPS = 64, 8
 COLUMNS_OF_SUM = 128
 
 
@@ -138,9 +140,10 @@ def decode_attention_combine_kernel(
     at_S = (t * S + s) * H + h
     most_S = tl.load(most_TSH + at_S, mask=s < S, other=float("-inf"))
     total_S = tl.load(total_TSH + at_S, mask=s < S, other=0.0)
-    seen = total_S != 0
-    mask = seen[:, None] & (column < K)[None, :]
+    # All loads at once: what an empty split has in the place of sums is read too, and dropped.
+    mask = (s < S)[:, None] & (column < K)[None, :]
     sums_SK = tl.load(sums_TSHK + (at_S * K)[:, None] + column[None, :], mask=mask, other=0.0)
+    sums_SK = tl.where((total_S != 0)[:, None], sums_SK, 0.0)
 
     sink = tl.load(sink_H + h)
     most = tl.max(most_S)
@@ -166,15 +169,11 @@ class Split(NamedTuple):
     splits: int
 
     @classmethod
-    def of(cls, window: int, entries: int, columns: tuple[int, ...]) -> Split:
-        """For lists of these lengths: into the smallest tiles of which there are not many, else into several of the
-        largest. At most MOST_SPLITS, so that what they leave stays small beside the cache."""
-        for size in columns:
-            total = max(1, triton.cdiv(window, size) + triton.cdiv(entries, size))
-            if total <= MOST_SPLITS:
-                return cls(size, 1, total)
+    def of(cls, window: int, entries: int, columns: int) -> Split:
+        """For lists of these lengths; at most MOST_SPLITS, so that what they leave stays small beside the cache."""
+        total = max(1, triton.cdiv(window, columns) + triton.cdiv(entries, columns))
         tiles = triton.next_power_of_2(triton.cdiv(total, MOST_SPLITS))
-        return cls(size, tiles, triton.cdiv(total, tiles))
+        return cls(columns, tiles, triton.cdiv(total, tiles))
 
 
 def heads_per_program(num_queries: int, num_heads: int, splits: int, multiprocessors: int) -> int:
@@ -195,7 +194,20 @@ def as_words(values: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor | No
     return (values, None) if scales is None else (values.view(torch.int32), scales.view(torch.int64))
 
 
-@torch.library.custom_op("leadline::decode_attention", mutates_args=())
+def _shapes_only(
+    q_THK: Tensor,
+    window: Tensor,
+    window_scales: Tensor | None,
+    window_rows_TW: Tensor,
+    entries: Tensor | None,
+    entry_scales: Tensor | None,
+    entry_rows_TM: Tensor | None,
+    sink_H: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return q_THK.new_empty(q_THK.shape), q_THK.new_empty(q_THK.shape[:2], dtype=torch.float32)
+
+
+@opaque(_shapes_only)
 def decode_attention_kernel(
     q_THK: Tensor,
     window: Tensor,
@@ -215,7 +227,7 @@ def decode_attention_kernel(
     rotary_width = None if window_scales is None else window.shape[1] - width
     lengths = window_rows_TW.shape[1], entry_rows_TM.shape[1]
     hopper = for_hopper(q_THK, rotary_width)
-    split = Split.of(*lengths, (64, 128) if hopper else (16,) if q_THK.dtype == torch.float32 else (64,))
+    split = Split.of(*lengths, HOPPER_TILE if hopper else 16 if q_THK.dtype == torch.float32 else 64)
     most_TSH = q_THK.new_empty((num_queries, split.splits, num_heads), dtype=torch.float32)
     total_TSH = torch.empty_like(most_TSH)
     sums_TSHK = most_TSH.new_empty((*most_TSH.shape, width))
@@ -223,14 +235,14 @@ def decode_attention_kernel(
     early = starts_early(q_THK.device)
     shape = {"K": width, "R": rotary_width or 0, "TILES": split.tiles, "EARLY": early, "launch_pdl": early}
     if hopper:
-        from leadline.ops.decode_attention.hopper import NUM_WARPS, decode_attention_fwd_hopper_kernel
+        from leadline.ops.decode_attention.hopper import decode_attention_fwd_hopper_kernel
 
         multiprocessors = torch.cuda.get_device_properties(q_THK.device).multi_processor_count
         heads = heads_per_program(num_queries, num_heads, split.splits, multiprocessors)
         grid = split.splits, triton.cdiv(num_heads, heads), num_queries
         decode_attention_fwd_hopper_kernel[grid](
             q_THK, *as_words(window, window_scales), window_rows_TW, *as_words(entries, entry_scales), entry_rows_TM,
-            *rest, **shape, TILE=split.columns, HEADS=heads, num_warps=NUM_WARPS,
+            *rest, **shape, TILE=split.columns, HEADS=heads, WARPS=HOPPER_WARPS, num_warps=HOPPER_WARPS,
         )  # fmt: skip
     else:
         grid = split.splits, triton.cdiv(num_heads, 16), num_queries
@@ -248,17 +260,3 @@ def decode_attention_kernel(
         EARLY=early, launch_pdl=early, num_warps=4,
     )  # fmt: skip
     return o_THK, lse_TH
-
-
-@decode_attention_kernel.register_fake
-def _(
-    q_THK: Tensor,
-    window: Tensor,
-    window_scales: Tensor | None,
-    window_rows_TW: Tensor,
-    entries: Tensor | None,
-    entry_scales: Tensor | None,
-    entry_rows_TM: Tensor | None,
-    sink_H: Tensor,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q_THK), q_THK.new_empty(q_THK.shape[:2], dtype=torch.float32)

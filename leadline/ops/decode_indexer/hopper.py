@@ -25,14 +25,23 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # as Triton 3.6 calls it
 
-# [keys, quarters of a key, words, or values, of a quarter]: the rows of a warp's threads are those of a product.
-_LANES = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
-_WARPS = [[16, 0, 0], [32, 0, 0]]
-WORDS = gl.constexpr(gl.DistributedLinearLayout([[0, 0, 1], [0, 0, 2], [8, 0, 0]], _LANES, _WARPS, [], [64, 4, 4]))
+# [pages of a tile, keys of a page, quarters of a key, words of a quarter]: the rows of a warp's threads are those of a
+# product.
+_LANES = [[0, 0, 1, 0], [0, 0, 2, 0], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]]
+WORDS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 0, 0, 1], [0, 0, 0, 2], [0, 8, 0, 0]], _LANES, [[0, 16, 0, 0], [1, 0, 0, 0]], [], [2, 32, 4, 4]
+    )
+)
+QUARTERS = gl.constexpr(gl.SliceLayout(3, WORDS.value))
+ROWS = gl.constexpr(gl.SliceLayout(2, QUARTERS.value))
+PAGES = gl.constexpr(gl.SliceLayout(1, ROWS.value))
+# [keys, quarters, words, values of a word]
 VALUES = gl.constexpr(
     gl.DistributedLinearLayout(
         [[0, 0, 0, 1], [0, 0, 0, 2], [0, 0, 0, 4], [0, 0, 1, 0], [0, 0, 2, 0], [8, 0, 0, 0]],
-        [[*lane, 0] for lane in _LANES], [[*warp, 0] for warp in _WARPS], [], [64, 4, 4, 8],
+        [[0, 1, 0, 0], [0, 2, 0, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]],
+        [[16, 0, 0, 0], [32, 0, 0, 0]], [], [64, 4, 4, 8],
     )
 )  # fmt: skip
 PRODUCTS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
@@ -42,21 +51,22 @@ QUERY = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
 
 
 @gluon.jit
-def _rows(pages_NP, tile, visible):
-    """Rows of the keys of a tile, -1 for those that are not visible."""
-    key = tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, gl.SliceLayout(2, WORDS)))
-    page = gl.load(pages_NP + key // 32, mask=key < visible, other=-1)
-    return gl.where(page >= 0, page.to(gl.int64) * 32 + key % 32, -1)
+def _pages(pages_NP, tile, visible):
+    """The two pages of a tile. Behind the last one that has a visible key it is taken again, so that every address is
+    one of the sequence."""
+    return gl.load(pages_NP + gl.minimum(2 * tile + gl.arange(0, 2, PAGES), (visible - 1) // 32))
 
 
 @gluon.jit
-def _load(codes, scales, rows):
-    """Words [64, 4, 4] and scales [64, 4] of packed keys."""
-    quarter = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, WORDS)))
-    word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))
-    place = (rows[:, None] * 16 + quarter[None, :] * 4).expand_dims(2) + word[None, None, :]
-    words = gl.load(codes + place, mask=(rows >= 0)[:, None].expand_dims(2), other=0)
-    return words, gl.load(scales + rows[:, None] * 4 + quarter[None, :], mask=(rows >= 0)[:, None], other=0).to(gl.int32)
+def _load(codes, scales, pages):
+    """Words [2, 32, 4, 4] and scales [2, 32, 4] of the packed keys of two pages."""
+    key = gl.arange(0, 32, gl.SliceLayout(0, ROWS))
+    quarter = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, QUARTERS)))
+    word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, WORDS))))
+    place = key[None, :].expand_dims(2) * 4 + quarter[None, None, :]
+    page = pages.to(gl.int64).expand_dims(1).expand_dims(2)
+    words = gl.load((codes + page * 512 + place * 4).expand_dims(3) + word[None, None, None, :])
+    return words, gl.load(scales + page * 128 + place).to(gl.int32)
 
 
 @gluon.jit
@@ -70,6 +80,7 @@ def _two(words, n: gl.constexpr):
 @gluon.jit
 def _decode(words, scales):
     """The keys [64, 128] in bfloat16, as the first operand of a product."""
+    words, scales = words.reshape([64, 4, 4]), scales.reshape([64, 4])
     two = gl.join(gl.join(_two(words, 0), _two(words, 2)), gl.join(_two(words, 1), _two(words, 3)))
     both = gl.join((two & 0xFFFF).to(gl.int16), (two >> 16).to(gl.int16))
     values = gl.convert_layout(both.reshape([64, 4, 4, 8]), VALUES, assert_trivial=True).to(gl.bfloat16, bitcast=True)
@@ -103,20 +114,18 @@ def decode_index_scores_hopper_kernel(
     if visible <= M:
         return
     step = gl.num_programs(0)
-    tile = gl.program_id(0)
-    tiles = gl.cdiv(visible, 64)
-    rows = _rows(pages_NP, tile, visible)
-    words, exponents = _load(codes, scales, rows)
-    rows = _rows(pages_NP, tile + step, visible)
+    first = gl.program_id(0)
+    words, exponents = _load(codes, scales, _pages(pages_NP, first, visible))
+    pages = _pages(pages_NP, first + step, visible)
     q = gl.allocate_shared_memory(gl.bfloat16, [64, 128], gl.NVMMASharedLayout(128, 16))
     # [heads, quarter, word, h, n] to [heads, word, n, quarter, h]
     q.store(query.reshape([64, 4, 4, 2, 4]).permute([0, 2, 4, 1, 3]).reshape([64, 128]))
     fence_async_shared()
     barrier()
-    for tile in range(tile, tiles, step):
+    for tile in range(first, gl.cdiv(visible, 64), step):
         keys = _decode(words, exponents)
-        words, exponents = _load(codes, scales, rows)
-        rows = _rows(pages_NP, tile + 2 * step, visible)
+        words, exponents = _load(codes, scales, pages)
+        pages = _pages(pages_NP, tile + 2 * step, visible)
         products = warpgroup_mma(keys, q.permute([1, 0]), gl.zeros([64, 64], gl.float32, PRODUCTS), use_acc=False)
         # Twice the positive part, by an addition: the units that compare are the busiest here.
         score = gl.sum((products + gl.abs(products)) * weight[None, :], 1)

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from leadline.ops.cache_rows.kernel import begin, load_index_rows, starts_early
 from leadline.ops.decode_indexer.reference import PAGE_KEYS
+from leadline.ops.opaque import opaque
 
 TILE = 64  # keys
 GROUP = 16  # keys
 COLUMNS = 256  # a multiple of which scores have, so that each query's begin at an address that suits wide loads
-REGIONS = 64  # that candidates are looked for in at the same time
 PROGRAMS_PER_MULTIPROCESSOR = 5
 LOWEST = tl.constexpr(-(2**31))
 
@@ -84,27 +84,39 @@ def decode_index_scores_kernel(
 
 
 @triton.jit
-def _between(low, high, at_low, at_high, k, halve):
-    """A number between low and high, which at_low and at_high scores reach: by turns the middle, which bounds the number
-    of turns, and the place where k would be if the scores were spread evenly, which is close to it before long."""
-    share = tl.where(halve, 0.5, (at_low - k + 0.5) / (at_low - at_high))
-    step = ((high - low).to(tl.float32) * share).to(tl.int64)
-    return low + tl.minimum(tl.maximum(step, 1), high - low - 1)
+def _quarters(low, high):
+    """Three numbers that cut the way from low to high, int64, into four equal parts."""
+    way = high - low
+    return low + (way >> 2), low + (way >> 1), high - (way >> 2)
+
+
+@triton.jit
+def _counts(score, first, second, third):
+    """How many scores reach each of three ascending numbers, in one integer with 20 bits for each."""
+    first, second, third = first.to(tl.int32), second.to(tl.int32), third.to(tl.int32)
+    counts = (score >= first).to(tl.int64) + ((score >= second).to(tl.int64) << 20)
+    return tl.sum(counts + ((score >= third).to(tl.int64) << 40))
+
+
+@triton.jit
+def _narrowed(counts, low, at_low, high, first, second, third, k):
+    """The quarter in which k scores are reached: its ends, and how many reach the lower one."""
+    reach_1, reach_2, reach_3 = counts & 0xFFFFF, (counts >> 20) & 0xFFFFF, counts >> 40
+    high = tl.where(reach_1 < k, first, tl.where(reach_2 < k, second, tl.where(reach_3 < k, third, high)))
+    low = tl.where(reach_3 >= k, third, tl.where(reach_2 >= k, second, tl.where(reach_1 >= k, first, low)))
+    at_low = tl.where(reach_3 >= k, reach_3, tl.where(reach_2 >= k, reach_2, tl.where(reach_1 >= k, reach_1, at_low)))
+    return low, at_low, high
 
 
 @triton.jit
 def _bound(best, k, most):
     """A number that at least k of the scores `best` [A] reach, and no more than `most` unless more are equal."""
     low, high = tl.full((), LOWEST, tl.int64), tl.max(best).to(tl.int64) + 1
-    at_low, at_high = tl.full((), best.shape[0], tl.int32), tl.full((), 0, tl.int32)
-    halve = at_high == 0
+    at_low = tl.full((), best.shape[0], tl.int64)
     while (high - low > 1) & (at_low > most):
-        middle = _between(low, high, at_low, at_high, k, halve)
-        reached = tl.sum((best >= middle.to(tl.int32)).to(tl.int32))
-        enough = reached >= k
-        low, at_low = tl.where(enough, middle, low), tl.where(enough, reached, at_low)
-        high, at_high = tl.where(enough, high, middle), tl.where(enough, at_high, reached)
-        halve = halve == 0
+        first, second, third = _quarters(low, high)
+        counts = _counts(best, first, second, third)
+        low, at_low, high = _narrowed(counts, low, at_low, high, first, second, third, k)
     return low.to(tl.int32)
 
 
@@ -154,13 +166,15 @@ def _block(candidates, count_R, at, REGION: tl.constexpr, REGIONS: tl.constexpr,
 
 
 @triton.jit
-def _reaching(candidates, count_R, most, score, REGION: tl.constexpr, REGIONS: tl.constexpr, SLOTS: tl.constexpr):
-    """How many candidates reach a score."""
-    reached = tl.full((), 0, tl.int32)
+def _reaching(
+    candidates, count_R, most, first, second, third, REGION: tl.constexpr, REGIONS: tl.constexpr, SLOTS: tl.constexpr
+):
+    """`_counts` of all candidates."""
+    counts = tl.full((), 0, tl.int64)
     for at in range(0, most, SLOTS):
         place, real = _block(candidates, count_R, at, REGION, REGIONS, SLOTS)
-        reached += tl.sum((tl.load(place, mask=real, other=LOWEST) >= score.to(tl.int32)).to(tl.int32))
-    return reached
+        counts += _counts(tl.load(place, mask=real, other=LOWEST), first, second, third)
+    return counts
 
 
 @triton.jit
@@ -201,23 +215,20 @@ def decode_select_kernel(
         numbers, candidates = numbers_TRX + t * REGIONS * REGION, candidates_TRX + t * REGIONS * REGION
         count_R = tl.load(counts_TR + t * REGIONS + tl.arange(0, REGIONS))
         most = tl.max(count_R)
-        low, at_low = tl.load(bound_T + t).to(tl.int64), tl.sum(count_R)
-        high, at_high = low, at_low * 0
+        low, at_low = tl.load(bound_T + t).to(tl.int64), tl.sum(count_R).to(tl.int64)
+        high = low
         for at in range(0, most, SLOTS):
             place, real = _block(candidates, count_R, at, REGION, REGIONS, SLOTS)
             high = tl.maximum(high, tl.max(tl.load(place, mask=real, other=LOWEST)).to(tl.int64) + 1)
-        halve = at_high == 0
         while (high - low > 1) & (at_low > M):
-            middle = _between(low, high, at_low, at_high, M, halve)
-            reached = _reaching(candidates, count_R, most, middle, REGION, REGIONS, SLOTS)
-            enough = reached >= M
-            low, at_low = tl.where(enough, middle, low), tl.where(enough, reached, at_low)
-            high, at_high = tl.where(enough, high, middle), tl.where(enough, at_high, reached)
-            halve = halve == 0
+            first, second, third = _quarters(low, high)
+            counts = _reaching(candidates, count_R, most, first, second, third, REGION, REGIONS, SLOTS)
+            low, at_low, high = _narrowed(counts, low, at_low, high, first, second, third, M)
         threshold = low.to(tl.int32)
         last = tl.full((), 2**30, tl.int32)
         if at_low > M:
-            allowed = M - _reaching(candidates, count_R, most, low + 1, REGION, REGIONS, SLOTS)
+            above = _reaching(candidates, count_R, most, low, low, low + 1, REGION, REGIONS, SLOTS) >> 40
+            allowed = M - above.to(tl.int32)
             last = _last_tie(candidates, numbers, count_R, most, threshold, allowed, REGION, REGIONS, SLOTS)
 
         taken_R = tl.zeros((REGIONS,), tl.int32)
@@ -253,6 +264,11 @@ def for_hopper(q_TJI: Tensor, scales: Tensor | None) -> bool:
     return suits and q_TJI.is_cuda and torch.cuda.get_device_capability(q_TJI.device) == (9, 0)
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; the interpreter has few programs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 def _scores(
     q_TJI: Tensor, weight_TJ: Tensor, keys: Tensor, scales: Tensor | None,
     pages_NP: Tensor, sequence_T: Tensor, visible_T: Tensor, picks: int,
@@ -263,9 +279,7 @@ def _scores(
     columns = triton.cdiv(pages * PAGE_KEYS, COLUMNS) * COLUMNS
     scores_TC = torch.empty(num_queries, columns, dtype=torch.int32, device=q_TJI.device)
     best_TG = torch.empty(num_queries, columns // GROUP, dtype=torch.int32, device=q_TJI.device)
-    on_device = q_TJI.is_cuda
-    multiprocessors = torch.cuda.get_device_properties(q_TJI.device).multi_processor_count if on_device else 2
-    programs = triton.cdiv(multiprocessors * PROGRAMS_PER_MULTIPROCESSOR, num_queries)
+    programs = max(1, multiprocessors(q_TJI.device) * PROGRAMS_PER_MULTIPROCESSOR // num_queries)
     grid = min(columns // TILE, programs), num_queries
     rest = scales, pages_NP, sequence_T, visible_T, scores_TC, best_TG
     sizes = pages, picks, columns, columns // GROUP
@@ -273,7 +287,17 @@ def _scores(
     if for_hopper(q_TJI, scales):
         from leadline.ops.decode_indexer.hopper import decode_index_scores_hopper_kernel
 
-        decode_index_scores_hopper_kernel[grid](q_TJI, weight_TJ, keys.view(torch.int32), *rest, *sizes, EARLY=early, launch_pdl=early, num_warps=4, maxnreg=96)
+        decode_index_scores_hopper_kernel[grid](
+            q_TJI,
+            weight_TJ,
+            keys.view(torch.int32),
+            *rest,
+            *sizes,
+            EARLY=early,
+            launch_pdl=early,
+            num_warps=4,
+            maxnreg=96,
+        )
     else:
         decode_index_scores_kernel[grid](
             q_TJI, weight_TJ, keys, *rest, heads, *sizes,
@@ -283,7 +307,21 @@ def _scores(
     return scores_TC, best_TG
 
 
-@torch.library.custom_op("leadline::decode_pick_entries", mutates_args=())
+def _shapes_only(
+    q_TJI: Tensor,
+    weight_TJ: Tensor,
+    keys: Tensor,
+    scales: Tensor | None,
+    pages_NP: Tensor,
+    sequence_T: Tensor,
+    visible_T: Tensor,
+    k: int,
+) -> tuple[Tensor, Tensor]:
+    picked_TM = q_TJI.new_empty((len(q_TJI), min(k, PAGE_KEYS * pages_NP.shape[1])), dtype=torch.int32)
+    return picked_TM, torch.empty_like(picked_TM)
+
+
+@opaque(_shapes_only)
 def decode_pick_entries_kernel(
     q_TJI: Tensor,
     weight_TJ: Tensor,
@@ -303,11 +341,13 @@ def decode_pick_entries_kernel(
     picked_TM = torch.empty(num_queries, picks, dtype=torch.int32, device=q_TJI.device)
     rows_TM = torch.empty_like(picked_TM)
     most, groups = triton.next_power_of_2(picks), triton.next_power_of_2(best_TG.shape[1])
-    region = triton.next_power_of_2(triton.cdiv(scores_TC.shape[1], REGIONS * TILE)) * TILE
-    numbers_TRX = torch.empty(num_queries, REGIONS, region, dtype=torch.int32, device=q_TJI.device)
+    # Candidates are looked for in several regions at the same time, half as many as there are multiprocessors.
+    regions = triton.next_power_of_2(multiprocessors(q_TJI.device) // 4 + 1)
+    region = triton.next_power_of_2(triton.cdiv(scores_TC.shape[1], regions * TILE)) * TILE
+    numbers_TRX = torch.empty(num_queries, regions, region, dtype=torch.int32, device=q_TJI.device)
     candidates_TRX = torch.empty_like(numbers_TRX)
-    counts_TR, bound_T = numbers_TRX.new_empty(num_queries, REGIONS), numbers_TRX.new_empty(num_queries)
-    decode_candidates_kernel[(REGIONS, num_queries)](
+    counts_TR, bound_T = numbers_TRX.new_empty(num_queries, regions), numbers_TRX.new_empty(num_queries)
+    decode_candidates_kernel[(regions, num_queries)](
         scores_TC, best_TG, visible_T, numbers_TRX, candidates_TRX, counts_TR, bound_T,
         picks, scores_TC.shape[1], best_TG.shape[1],
         BEST=groups, COLUMNS=min(groups, max(1024, 2 * most)), REGION=region,
@@ -315,22 +355,7 @@ def decode_pick_entries_kernel(
     )  # fmt: skip
     decode_select_kernel[(num_queries,)](
         numbers_TRX, candidates_TRX, counts_TR, bound_T, pages_NP, sequence_T, visible_T, picked_TM, rows_TM,
-        pages, picks, PICKS=most, REGION=region, REGIONS=REGIONS, SLOTS=32,
+        pages, picks, PICKS=most, REGION=region, REGIONS=regions, SLOTS=32,
         EARLY=early, launch_pdl=early, num_warps=8,
     )  # fmt: skip
     return picked_TM, rows_TM
-
-
-@decode_pick_entries_kernel.register_fake
-def _(
-    q_TJI: Tensor,
-    weight_TJ: Tensor,
-    keys: Tensor,
-    scales: Tensor | None,
-    pages_NP: Tensor,
-    sequence_T: Tensor,
-    visible_T: Tensor,
-    k: int,
-) -> tuple[Tensor, Tensor]:
-    picked_TM = q_TJI.new_empty((len(q_TJI), min(k, PAGE_KEYS * pages_NP.shape[1])), dtype=torch.int32)
-    return picked_TM, torch.empty_like(picked_TM)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from leadline.recipes.bench_ops import (
     attention,
+    decode,
     experts,
     gated_pool,
     hyper_connection,
@@ -18,6 +19,7 @@ from leadline.recipes.bench_ops.case import Case
 CASES: tuple[Case, ...] = (
     *attention.CASES,
     *indexer.CASES,
+    *decode.CASES,
     *pointwise.CASES,
     *hyper_connection.CASES,
     *gated_pool.CASES,

@@ -45,7 +45,8 @@ class Case:
     gradient has no backward. ceiling: which of the card's two measured limits the result is compared with. tolerance,
     fp32_tolerance: bounds on |difference| / |reference| for results in bfloat16, which rounding alone moves by 1.7e-3,
     and for results in FP32. gate_inputs: other inputs for the gate, where the reference in float64 would not fit on the
-    card. captured: whether the forward is timed as a captured graph, because the host would be slower than the card.
+    card. captured: for calls so short that starting them would be timed: how many of them, each with inputs of its own,
+    one captured graph holds; 0 for none.
     """
 
     op: str
@@ -60,7 +61,7 @@ class Case:
     gate_inputs: Callable[[int, torch.device], Inputs] | None = None
     tolerance: float = 4e-3
     fp32_tolerance: float = 1e-4
-    captured: bool = False
+    captured: int = 0
 
     def accepts(self, difference: Difference) -> bool:
         """Whether a result is as close to the reference as its dtype allows; NaN is not. Integers must be equal."""

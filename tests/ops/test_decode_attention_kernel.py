@@ -1,0 +1,177 @@
+"""The kernels of attention of single queries: Triton's interpreted in FP32, Triton's and Gluon's on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from leadline.formats.cache_entry import pack_keys
+from leadline.ops.decode_attention import decode_attention
+from leadline.ops.dispatch import implementation
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy warns where a GPU writes an infinity
+    pytest.mark.usefixtures("loops_to_scalars"),
+]
+
+# queries, heads, width, rotary part, window, picks
+SHAPES = {
+    "one key": (1, 1, 16, 8, 1, 1),
+    "no entries": (2, 3, 32, 8, 5, None),
+    "several splits": (3, 4, 16, 8, 20, 600),
+    "widths beside a block": (4, 20, 80, 16, 5, 70),
+    "wide": (2, 3, 512, 64, 8, 40),
+}
+GPU_SHAPES = [
+    (1, 64, 512, 64, 128, 512),
+    (5, 64, 512, 64, 128, 8192),
+    (40, 128, 512, 64, 128, 1024),
+    (4, 20, 512, 64, 70, None),
+    (3, 40, 256, 64, 100, 3000),
+    (3, 16, 128, 64, 127, 129),
+    (3, 4, 64, 16, 20, 4001),
+]
+
+
+def operands(
+    shape: tuple[int, int, int, int, int, int | None], packed: bool, dtype: torch.dtype, device: str = "cpu"
+) -> list[Any]:
+    """Lists with holes anywhere. Of several queries, 1 has no row, and 2 none behind the first third of its entries."""
+    queries, heads, width, rotary, window, picks = shape
+    q = torch.randn(queries, heads, width, device=device).to(dtype)
+    keys, entries = (torch.randn(rows, width, device=device).to(dtype) for rows in (300, 9000))
+    window_rows = torch.randint(-1, 300, (queries, window), dtype=torch.int32, device=device)
+    window_rows[0, 0] = 5
+    entry_rows = None
+    if picks is not None:
+        entry_rows = torch.randint(-1, 9000, (queries, picks), dtype=torch.int32, device=device)
+        entry_rows[1:2] = -1
+        entry_rows[2:3, picks // 3 :] = -1
+    window_rows[1:2] = -1
+    sources = (pack_keys(keys, rotary), pack_keys(entries, rotary)) if packed else (keys, entries)
+    source = None if picks is None else sources[1]
+    return [q, sources[0], window_rows, source, entry_rows, torch.randn(heads, device=device)]
+
+
+def kernel(arguments: list[Any]) -> tuple[Tensor, Tensor]:
+    with implementation("kernel"):
+        return decode_attention(*arguments)
+
+
+def check(arguments: list[Any], tolerance: float) -> None:
+    with implementation("reference"):
+        wanted = decode_attention(arguments[0].double(), *arguments[1:])
+    found, again = kernel(arguments), kernel(arguments)
+    for ours, twice, theirs, bound in zip(found, again, wanted, (tolerance, 1e-6), strict=True):
+        assert torch.equal(ours, twice)
+        assert float((ours.double() - theirs).norm()) <= bound * float(theirs.norm())
+
+
+def rows_of(arguments: list[Any], rows: slice) -> list[Any]:
+    q, keys, window_rows, entries, entry_rows, sink = arguments
+    return [q[rows], keys, window_rows[rows], entries, None if entry_rows is None else entry_rows[rows], sink]
+
+
+def check_alone(arguments: list[Any]) -> None:
+    """A query's bits are the same in any batch."""
+    together = kernel(arguments)
+    for t in range(len(arguments[0])):
+        for ours, theirs in zip(kernel(rows_of(arguments, slice(t, t + 1))), together, strict=True):
+            assert torch.equal(ours[0], theirs[t])
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "floats"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_interpreted(name: str, packed: bool) -> None:
+    check(operands(SHAPES[name], packed, torch.float32), 1e-6)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "floats"])
+def test_alone_or_not(packed: bool) -> None:
+    check_alone(operands((3, 4, 16, 8, 20, 100), packed, torch.float32))
+
+
+@pytest.mark.interpret
+@settings(max_examples=5)
+@given(st.data())
+def test_any_lists(data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    window, picks = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 90))
+    arguments = operands((2, data.draw(st.integers(1, 20)), 16, 8, window, picks), True, torch.float32)
+    for place, width in ((2, window), (4, picks)):
+        kept = data.draw(st.lists(st.integers(0, width - 1), max_size=5))
+        arguments[place][0, [n for n in range(width) if n not in kept]] = -1
+    arguments[2][0, 0] = 7
+    check(arguments, 1e-6)
+    check_alone(arguments)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("sink", [-1000.0, 1000.0])
+def test_a_query_without_rows(sink: float) -> None:
+    arguments = operands((2, 3, 16, 8, 20, 40), True, torch.float32)
+    arguments[5][:] = sink
+    o, lse = kernel(arguments)
+    assert torch.equal(o[1], torch.zeros(3, 16))
+    assert torch.equal(lse[1], arguments[5])
+
+
+@pytest.mark.interpret
+def test_what_is_not_a_number_is_seen() -> None:
+    arguments = operands((1, 2, 16, 8, 20, 40), False, torch.float32)
+    arguments[0][0, 1] = float("nan")
+    o, _ = kernel(arguments)
+    assert o[0, 0].isfinite().all()
+    assert o[0, 1].isnan().all()
+
+
+@pytest.mark.interpret
+def test_traced_as_one_operation() -> None:
+    arguments = operands((1, 2, 16, 8, 4, 6), True, torch.float32)
+    with implementation("kernel"):
+        compiled = torch.compile(
+            lambda q: decode_attention(q, *arguments[1:])[0] * 2, fullgraph=True, backend="aot_eager"
+        )
+        assert torch.equal(compiled(arguments[0]), kernel(arguments)[0] * 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "floats"])
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
+def test_compiled(shape: tuple[int, int, int, int, int, int | None], packed: bool) -> None:
+    check(operands(shape, packed, torch.bfloat16, "cuda"), 3e-3)
+
+
+@pytest.mark.gpu
+def test_compiled_fp32() -> None:
+    check(operands((3, 20, 512, 64, 128, 512), True, torch.float32, "cuda"), 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("picks", [512, 8192])
+def test_compiled_alone_or_not(picks: int) -> None:
+    """Blocks of heads are larger in the batch than alone."""
+    check_alone(operands((12, 64, 512, 64, 128, picks), True, torch.bfloat16, "cuda"))
+
+
+@pytest.mark.gpu
+def test_a_graph_follows_its_tensors(poisoned_memory: None) -> None:
+    arguments = operands((2, 64, 512, 64, 128, 512), True, torch.bfloat16, "cuda")
+    kernel(arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, lse = kernel(arguments)
+    other = operands((2, 64, 512, 64, 128, 512), True, torch.bfloat16, "cuda")
+    for place in (0, 2, 4, 5):
+        arguments[place].copy_(other[place])
+    graph.replay()
+    wanted = kernel(arguments)
+    assert torch.equal(o, wanted[0])
+    assert torch.equal(lse, wanted[1])
