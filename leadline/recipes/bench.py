@@ -211,17 +211,18 @@ def main(arguments: list[str]) -> int:
     torch.manual_seed(int.from_bytes(os.urandom(4)))  # the gate sees inputs that it has never seen before
     progress, console = Console(stderr=True), Console(highlight=False, width=None if os.isatty(1) else 160)
     run = this_run(options.commit, device)
+    # A table of the README shows one run, so a run of some ops must not become the latest.
+    folder = Path("runs") if options.only else Path("benchmarks/results") / slug(run.machine)
+    path = options.out or folder / "ops.jsonl"
     lines: list[dict[str, Any]] = []
     for case in CASES:
         if options.only and case.op not in options.only:
             continue
         progress.print(f"{case.op}: {case.shape}")
-        lines += [record(result, run) for result in measure(case, device)]
+        found = [record(result, run) for result in measure(case, device)]
+        append(path, [line for line in found if line["seconds"] is not None])
+        lines += found
     console.print(_table(lines))
     red = sorted({line["row"]["op"] for line in lines if line["seconds"] is None})
-    # A table of the README shows one run, so a run of some ops must not become the latest.
-    folder = Path("runs") if options.only else Path("benchmarks/results") / slug(run.machine)
-    path = options.out or folder / "ops.jsonl"
-    append(path, [line for line in lines if line["seconds"] is not None])
     console.print(f"results: {path}" + (f"; red gates, not timed: {', '.join(red)}" if red else ""))
     return 1 if red else 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -47,21 +46,7 @@ def time_forward(case: Case, device: torch.device) -> float:
         return time_captured(case, device)
     inputs = case.inputs(case.tokens, device)
     with torch.no_grad(), implementation("kernel"):
-        work = partial(case.run, *inputs)
-        return seconds(capture(work) if case.captured else work)
-
-
-def capture(work: Callable[[], Any]) -> Callable[[], Any]:
-    """The same work as one launch of a captured graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
+        return seconds(lambda: case.run(*inputs))
 
 
 def time_captured(case: Case, device: torch.device) -> float:

@@ -61,7 +61,7 @@ def _pick_entries(tokens: int, past: int) -> Case:
         tokens=tokens,
         gate_tokens=(1, 127, 4001) if tokens > 1 else (1, 3),
         gate_inputs=whole_numbers,
-        captured=tokens == 1,
+        captured=int(tokens == 1),
     )
 
 

@@ -104,7 +104,7 @@ def _decode(tokens: int) -> Case:
         tokens=tokens,
         gate_tokens=(1, 5, 16),
         gate_inputs=lambda tokens, device: inputs(tokens, device, GATE_WIDTH, GATE_HIDDEN),
-        captured=True,
+        captured=1,
     )
 
 
