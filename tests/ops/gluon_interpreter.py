@@ -468,7 +468,10 @@ class Kernels:
         }
         for file in files:
             source = file.read_text()
-            first, last = source.index("from triton"), max(source.rindex("\nfrom triton"), source.rfind("\nfrom leadline"))
+            first, last = (
+                source.index("from triton"),
+                max(source.rindex("\nfrom triton"), source.rfind("\nfrom leadline")),
+            )
             line = source[last + 1 :].split("\n", 1)[0]
             end = source.index(")\n", last) + 2 if line.endswith("(") else source.index("\n", last + 1) + 1
             blank = "\n" * source[first:end].count("\n")  # keeps the numbers of the lines

@@ -164,7 +164,9 @@ def test_compiled_by_torch(look_back: Callable[..., Any], mode: str) -> None:
     gradients = []
     with implementation("kernel"):
         for function in (op, compiled):
-            leaves = [x.detach().requires_grad_(not (mode == "window" and place == 2)) for place, x in enumerate(inputs)]
+            leaves = [
+                x.detach().requires_grad_(not (mode == "window" and place == 2)) for place, x in enumerate(inputs)
+            ]
             wanted = [x for x in leaves if x.requires_grad]
             gradients.append(torch.autograd.grad(function(*leaves).sum(), wanted))
     for found, wanted in zip(*gradients, strict=True):

@@ -7,7 +7,7 @@ product.
 `bwd_columns` works as the forward does, with the roles changed: 64 columns stay, and the tiles are 32 heads of a query
 at a time, q and do. The sum is the gradient of the columns, and no running maximum goes around.
 
-`bwd_queries` keeps q and do of 64 heads of one query, twice as much, so there is room for one tile of columns only. The
+`bwd_queries` keeps q and do of 64 heads of one query, twice as much, so there is room for one tile of columns. The
 multipliers share everything: each takes 32 heads of the scores, and half of the K columns of the sums. To have the next
 tile under way nevertheless, tiles are cut into pieces of K / 4 columns. A piece is handed back as soon as dq has it, and
 the next tile starts with the pieces that are there.
@@ -66,7 +66,7 @@ from leadline.ops.sparse_attention.hopper import (
 def _gradients(products, lse, inner, scale):
     """From q . k and do . k, interleaved, [64, 64]: weights and gradients of the scores times K^-0.5, [64, 32]."""
     q_products, do_products = gl.split(products.reshape([64, 32, 2]))
-    weights = gl.exp2(q_products * scale - lse[None, :])
+    weights = gl.exp2(q_products * scale - lse)
     return weights, weights * (do_products - inner[None, :]) * (scale * LN_2)
 
 
@@ -127,7 +127,7 @@ def _own_rows(
     first = gl.load(first_T + t, mask=t < part.high, other=1)
     last = gl.load(last_T + t, mask=t < part.high, other=0)
     seen = ((x >= first) & (x <= last))[:, None]
-    weights, gradients = _gradients(warpgroup_mma_wait(0, [products]), lse, inner, scale)
+    weights, gradients = _gradients(warpgroup_mma_wait(0, [products]), lse[None, :], inner, scale)
     # What is not seen may hold anything.
     pairs = _interleaved(gl.where(seen, gradients, 0.0), gl.where(seen, weights, 0.0))
     s.pairs.index(W).store(pairs.to(s.pairs.dtype))
@@ -207,11 +207,11 @@ def sparse_attention_bwd_columns_hopper_kernel(
 
 
 class Queries(NamedTuple):
-    """Shared memory of `bwd_queries`. What is there twice belongs to tiles or queries in turn.
+    """Shared memory of `bwd_queries`. What is there twice belongs to tiles, queries or multipliers in turn.
 
-    heads: [1, 128, K], q and do. pieces: [P, 64, K / 4], columns. pairs: [1, 64, 128] and gradients: [1, 64, 64], of all
-    heads. lse, inner: [2, 32], by multiplier. unseen: [2, 64], -inf where a column of a tile is none. steps: [2, 1], tiles
-    of a query, and of these window_steps: [2, 1] over the window.
+    heads: [1, 128, K], q and do. pieces: [places, 64, K / pieces], columns. pairs: [1, 64, 128] and gradients:
+    [1, 64, 64], of all heads. lse, inner: [2, 32]. unseen: [2, 64], -inf where a column of a tile is none.
+    steps, window_steps: [2, 1], tiles of a query, and of these the ones over the window.
     """
 
     heads: Any
@@ -233,20 +233,42 @@ class Queries(NamedTuple):
     steps_done: Any
 
 
+class Rows(NamedTuple):
+    """Tensors in device memory that have rows for each query: what is known, and the results."""
+
+    q_THK: Any
+    do_THK: Any
+    o_THK: Any
+    lse_TH: Any
+    dq_THK: Any
+    inner_TH: Any
+    rows_tMBK: Any
+
+
+@gluon.constexpr_function
+def _pieces(K):
+    """Into how many pieces a tile is cut; they are at least 64 columns wide."""
+    return 4 if K >= 256 else 2
+
+
+@gluon.constexpr_function
+def _places(K, ENTRIES):
+    """For how many pieces there is room: one more when no pairs are needed."""
+    return _pieces(K) + (ENTRIES != "picked")
+
+
 @gluon.jit
-def _place(tiles, p: gl.constexpr, PIECES: gl.constexpr, PLACES: gl.constexpr):
+def _place(tiles, p: gl.constexpr, K: gl.constexpr, ENTRIES: gl.constexpr):
     """Where piece p of a tile goes when `tiles` came before, and the phase of its mbarriers."""
-    number = (tiles & 0xFFFFFFF) * PIECES + p  # what is not negative is divided in fewer steps
+    number = (tiles & 0xFFFFFFF) * _pieces(K) + p  # what is not negative is divided in fewer steps
+    PLACES: gl.constexpr = _places(K, ENTRIES)
     return number % PLACES, (number // PLACES) & 1
 
 
 @gluon.jit
-def _load_columns(
-    s, q_THK, do_THK, o_THK, sources, start, items, H,
-    K: gl.constexpr, ENTRIES: gl.constexpr, PIECES: gl.constexpr, PLACES: gl.constexpr,
-):  # fmt: skip
+def _load_columns(s, rows, sources, start, items, H, K: gl.constexpr, ENTRIES: gl.constexpr):
     """The loader of `bwd_queries`."""
-    WIDTH: gl.constexpr = K // PIECES
+    WIDTH: gl.constexpr = K // _pieces(K)
     row = gl.arange(0, 64, COPY_ROWS)
     count, tiles = 0, 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -260,112 +282,104 @@ def _load_columns(
         for step in range(0, steps):
             number = numbers(picture, step, ENTRIES)
             rows_R = pointers(picture, step, number, K, ENTRIES)
-            for p in gl.static_range(PIECES):
-                place, phase = _place(tiles, p, PIECES, PLACES)
+            for p in gl.static_range(_pieces(K)):
+                place, phase = _place(tiles, p, K, ENTRIES)
                 mbarrier.wait(s.empty.index(place), phase ^ 1)
                 copy(s.pieces.index(place), rows_R, number >= 0, p * WIDTH, s.full.index(place))
             s.unseen.index(tiles % 2).store(gl.where(number >= 0, 0.0, float("-inf")))
             tell(s.unseen_done.index(tiles % 2))
             tiles += 1
             if step == 0:
-                # The first columns need not wait until the last query has gone.
-                heads_R = gl.where(row % 2 == 0, q_THK, do_THK) + (t * H + head) * K + row // 2 * K
-                for p in gl.static_range(PIECES):
+                # Behind the columns, which need not wait until the last query has gone.
+                heads_R = gl.where(row % 2 == 0, rows.q_THK, rows.do_THK) + (t * H + head) * K + row // 2 * K
+                for p in gl.static_range(_pieces(K)):
                     mbarrier.wait(s.heads_read.index(p), (count + 1) & 1)
                     for r in gl.static_range(2):
                         target = s.heads.index(0).slice(64 * r, 64, 0).slice(p * WIDTH, WIDTH, 1)
                         real = head + 32 * r + row // 2 < H
                         copy(target, heads_R + 32 * r * K, real, p * WIDTH, s.heads_loaded.index(p))
                 if ENTRIES != "picked":
-                    _prefetch_heads(q_THK, do_THK, o_THK, item + gl.num_programs(0), start, items, H, K)
+                    _prefetch_heads(rows, item + gl.num_programs(0), start, items, H, K)
         if ENTRIES == "picked":
             # Not before: the rows of picks would drive them out of the cache again.
-            _prefetch_heads(q_THK, do_THK, o_THK, item + gl.num_programs(0), start, items, H, K)
+            _prefetch_heads(rows, item + gl.num_programs(0), start, items, H, K)
         count += 1
 
 
 @gluon.jit
-def _prefetch_heads(q_THK, do_THK, o_THK, item, start, items, H, K: gl.constexpr):
+def _prefetch_heads(rows, item, start, items, H, K: gl.constexpr):
     if item < items:
         t, head = query(item, start, H)
-        here = (t * H + head) * K
-        prefetch(q_THK + here, H - head, K)
-        prefetch(do_THK + here, H - head, K)
-        prefetch(o_THK + here, H - head, K)
+        prefetch(rows.q_THK + (t * H + head) * K, H - head, K)
+        prefetch(rows.do_THK + (t * H + head) * K, H - head, K)
+        prefetch(rows.o_THK + (t * H + head) * K, H - head, K)
 
 
 @gluon.jit
-def _inner(do, o, rows, K: gl.constexpr):
-    """do . o of 32 rows."""
+def _known_of_heads(s, rows, first, real, W: gl.constexpr, K: gl.constexpr):
+    """inner = do . o, and lse, of 32 heads from row `first` of [T H] on."""
     row = gl.arange(0, 32, COPY_ROWS)
     inner = gl.zeros([32], gl.float32, COPY_ROWS)
-    for first in gl.static_range(0, K, 64):
-        here = (row * K)[:, None] + (first + gl.arange(0, 64, gl.SliceLayout(0, COPY)))[None, :]
-        real = (row < rows)[:, None]
-        products = gl.load(do + here, mask=real, other=0.0).to(gl.float32)
-        products = products * gl.load(o + here, mask=real, other=0.0).to(gl.float32)
-        inner += gl.sum(products, 1)
-    return inner
+    for at in gl.static_range(0, K, 64):
+        here = first * K + (row * K)[:, None] + (at + gl.arange(0, 64, gl.SliceLayout(0, COPY)))[None, :]
+        do = gl.load(rows.do_THK + here, mask=(row < real)[:, None], other=0.0).to(gl.float32)
+        o = gl.load(rows.o_THK + here, mask=(row < real)[:, None], other=0.0).to(gl.float32)
+        inner += gl.sum(do * o, 1)
+    gl.store(rows.inner_TH + first + row, inner, mask=row < real)
+    s.inner.index(W).store(inner)
+    s.lse.index(W).store(gl.load(rows.lse_TH + first + row, mask=row < real, other=0.0) * LOG2_E)
+    barrier()
 
 
 @gluon.jit
-def _weigh(
-    s, step, tiles, count, scale,
-    W: gl.constexpr, K: gl.constexpr, ENTRIES: gl.constexpr, PIECES: gl.constexpr, PLACES: gl.constexpr,
-):  # fmt: skip
-    """Gradients, and with picks pairs, of a tile in shared memory: this multiplier's half, then it waits for the other
-    half."""
-    WIDTH: gl.constexpr = K // PIECES
+def _weigh(s, step, tiles, count, scale, W: gl.constexpr, K: gl.constexpr, ENTRIES: gl.constexpr):
+    """Gradients, and with picks pairs, of a tile: this multiplier makes its half, then it waits for the other."""
+    WIDTH: gl.constexpr = K // _pieces(K)
+    dtype: gl.constexpr = s.gradients.dtype
     zero = unknown_zero(tiles)
     products = gl.zeros([64, 64], gl.float32, PRODUCT)
     heads = s.heads.index(zero).slice(64 * W, 64, 0)
-    for p in gl.static_range(PIECES):
-        place, phase = _place(tiles, p, PIECES, PLACES)
+    for p in gl.static_range(_pieces(K)):
+        place, phase = _place(tiles, p, K, ENTRIES)
         mbarrier.wait(s.heads_loaded.index(p), count & 1, pred=step == 0)
         mbarrier.wait(s.full.index(place), phase)
         fence_async_shared()
-        products = warpgroup_mma(
-            s.pieces.index(place + zero), heads.slice(p * WIDTH, WIDTH, 1).permute([1, 0]), products,
-            use_acc=p > 0, is_async=True,
-        )  # fmt: skip
+        piece = heads.slice(p * WIDTH, WIDTH, 1).permute([1, 0])
+        products = warpgroup_mma(s.pieces.index(place + zero), piece, products, use_acc=p > 0, is_async=True)
     mbarrier.wait(s.unseen_done.index(tiles % 2), (tiles // 2) & 1)
     HALF: gl.constexpr = gl.split(gl.zeros([64, 64], gl.float32, PRODUCT).reshape([64, 32, 2]))[0].type.layout
     lse = s.lse.index(W).load(gl.SliceLayout(0, HALF))
     inner = s.inner.index(W).load(gl.SliceLayout(0, HALF))
     unseen = s.unseen.index(tiles % 2).load(gl.SliceLayout(1, HALF))
-    q_products, do_products = gl.split(warpgroup_mma_wait(0, [products]).reshape([64, 32, 2]))
-    weights = gl.exp2(q_products * scale - lse[None, :] + unseen[:, None])
-    gradients = weights * (do_products - inner[None, :]) * (scale * LN_2)
-    dtype: gl.constexpr = s.gradients.dtype
+    lse = lse[None, :] - unseen[:, None]  # infinite where nothing is seen, so that the weight is 0
+    weights, gradients = _gradients(warpgroup_mma_wait(0, [products]), lse, inner, scale)
     mbarrier.wait(s.pairs_read.index(1 - W), (tiles + 1) & 1)
     s.gradients.index(0).slice(32 * W, 32, 1).store(gradients.to(dtype))
     if ENTRIES == "picked":
-        s.pairs.index(0).slice(64 * W, 64, 1).store(gl.join(gradients, weights).reshape([64, 64]).to(dtype))
+        s.pairs.index(0).slice(64 * W, 64, 1).store(_interleaved(gradients, weights).to(dtype))
     fence_async_shared()
     tell(s.pairs_done.index(W))
     mbarrier.wait(s.pairs_done.index(1 - W), tiles & 1)
 
 
 @gluon.jit
-def _add_to_dq(s, dq, tiles, W: gl.constexpr, PIECES: gl.constexpr, PLACES: gl.constexpr):
+def _add_to_dq(s, dq, tiles, W: gl.constexpr, K: gl.constexpr, ENTRIES: gl.constexpr):
     """dq + g columns for the pieces of this multiplier, in flight."""
     zero = unknown_zero(tiles)
     added = ()
     for p in gl.static_range(len(dq)):
-        place = _place(tiles, W * len(dq) + p, PIECES, PLACES)[0]
-        gradients = s.gradients.index(zero).permute([1, 0])
-        added += (warpgroup_mma(gradients, s.pieces.index(place + zero), dq[p], is_async=True),)
+        piece = s.pieces.index(_place(tiles, W * len(dq) + p, K, ENTRIES)[0] + zero)
+        added += (warpgroup_mma(s.gradients.index(zero).permute([1, 0]), piece, dq[p], is_async=True),)
     return added
 
 
 @gluon.jit
-def _dq_landed(s, flying, tiles, W: gl.constexpr, PIECES: gl.constexpr, PLACES: gl.constexpr):
+def _dq_landed(s, flying, tiles, W: gl.constexpr, K: gl.constexpr, ENTRIES: gl.constexpr):
     """The sums when they have landed; each piece of columns is handed back at once."""
     dq = ()
     for p in gl.static_range(len(flying)):
         dq += (warpgroup_mma_wait(len(flying) - 1 - p, [flying[p]]),)
-        place = _place(tiles, W * len(flying) + p, PIECES, PLACES)[0]
-        tell(s.empty.index(place))
+        tell(s.empty.index(_place(tiles, W * len(flying) + p, K, ENTRIES)[0]))
     return dq
 
 
@@ -379,26 +393,16 @@ def _rows_of_picks(s, zero, piece: gl.constexpr, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _sum_columns(
-    s, do_THK, o_THK, lse_TH, dq_THK, inner_TH, rows_tMBK, start, items, H, M, scale,
-    W: gl.constexpr, K: gl.constexpr, ENTRIES: gl.constexpr, PIECES: gl.constexpr, PLACES: gl.constexpr,
-):  # fmt: skip
+def _sum_columns(s, rows, start, items, H, M, scale, W: gl.constexpr, K: gl.constexpr, ENTRIES: gl.constexpr):
     """The multiplier W of `bwd_queries`: heads 32 W to 32 W + 31, and the columns of the sums from W K/2 on."""
-    WIDTH: gl.constexpr = K // PIECES
-    OWN: gl.constexpr = PIECES // 2
+    WIDTH: gl.constexpr = K // _pieces(K)
+    OWN: gl.constexpr = _pieces(K) // 2
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     OUT: gl.constexpr = gl.SliceLayout(1, rows_layout(WIDTH))
     count, tiles = 0, 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         t, head = query(item, start, H)
-        first = t * H + head + 32 * W
-        rows = H - head - 32 * W
-        row = gl.arange(0, 32, COPY_ROWS)
-        inner_R = _inner(do_THK + first * K, o_THK + first * K, rows, K)
-        gl.store(inner_TH + first + row, inner_R, mask=row < rows)
-        s.inner.index(W).store(inner_R)
-        s.lse.index(W).store(gl.load(lse_TH + first + row, mask=row < rows, other=0.0) * LOG2_E)
-        barrier()
+        _known_of_heads(s, rows, t * H + head + 32 * W, H - head - 32 * W, W, K)
         mbarrier.wait(s.steps_done.index(count % 2), (count // 2) & 1)
         steps = gl.max(s.steps.index(count % 2).load(SCALAR), 0)
         window_steps = gl.max(s.window_steps.index(count % 2).load(SCALAR), 0)
@@ -406,37 +410,36 @@ def _sum_columns(
         for p in gl.static_range(OWN):
             dq += (gl.zeros([64, WIDTH], gl.float32, SUM),)
         for step in range(0, steps):
-            _weigh(s, step, tiles, count, scale, W, K, ENTRIES, PIECES, PLACES)
-            zero = unknown_zero(tiles)
+            _weigh(s, step, tiles, count, scale, W, K, ENTRIES)
             last = step + 1 == steps
             if ENTRIES == "picked" and step >= window_steps:
                 blocks = gl.cdiv(H, 64)
-                out = rows_tMBK + (((t - start) * M + (step - window_steps) * 64) * blocks + head // 64) * K
+                out = rows.rows_tMBK + (((t - start) * M + (step - window_steps) * 64) * blocks + head // 64) * K
                 at = gl.arange(0, 64, OUT) * blocks
                 real = s.unseen.index(tiles % 2).load(OUT) == 0.0
                 for p in gl.static_range(OWN):
-                    flying = _rows_of_picks(s, zero, W * OWN + p, WIDTH)
+                    piece = _rows_of_picks(s, unknown_zero(tiles), W * OWN + p, WIDTH)
                     if p == 0:
                         # dq is multiplied while the first piece is stored.
-                        dq_flying = _add_to_dq(s, dq, tiles, W, PIECES, PLACES)
-                        piece = warpgroup_mma_wait(OWN, [flying])
+                        flying = _add_to_dq(s, dq, tiles, W, K, ENTRIES)
+                        piece = warpgroup_mma_wait(OWN, [piece])
                     else:
-                        piece = warpgroup_mma_wait(0, [flying])
+                        piece = warpgroup_mma_wait(0, [piece])
                     if last:
                         tell(s.heads_read.index(W * OWN + p))
                     store(out, at, real, (W * OWN + p) * WIDTH, piece, K)
                     if p == 0:
-                        dq = _dq_landed(s, dq_flying, tiles, W, PIECES, PLACES)
+                        dq = _dq_landed(s, flying, tiles, W, K, ENTRIES)
             else:
                 if last:
                     for p in gl.static_range(OWN):
                         tell(s.heads_read.index(W * OWN + p))
-                dq = _dq_landed(s, _add_to_dq(s, dq, tiles, W, PIECES, PLACES), tiles, W, PIECES, PLACES)
+                dq = _dq_landed(s, _add_to_dq(s, dq, tiles, W, K, ENTRIES), tiles, W, K, ENTRIES)
             tell(s.pairs_read.index(W))
             tiles += 1
         row = gl.arange(0, 64, OUT)
         for p in gl.static_range(OWN):
-            store(dq_THK + (t * H + head) * K, row, head + row < H, (W * OWN + p) * WIDTH, dq[p], K)
+            store(rows.dq_THK + (t * H + head) * K, row, head + row < H, (W * OWN + p) * WIDTH, dq[p], K)
         count += 1
 
 
@@ -446,16 +449,13 @@ def sparse_attention_bwd_queries_hopper_kernel(
     dq_THK, inner_TH, rows_tMBK, start, items, H, M, scale,
     K: gl.constexpr, ENTRIES: gl.constexpr,
 ):  # fmt: skip
-    """dq and inner = do . o. items: queries from `start` on x blocks of 64 heads. With picks also `rows`: what each pick
-    contributes to the gradient of its entry, summed over 64 heads; B blocks of heads."""
-    PIECES: gl.constexpr = 4 if K >= 256 else 2
-    # Without pairs there is room for another piece.
-    PLACES: gl.constexpr = PIECES if ENTRIES == "picked" else PIECES + 1
-    PAIRS: gl.constexpr = 128 if ENTRIES == "picked" else 64
+    """dq and inner = do . o. items: queries from `start` on x blocks of 64 heads. With picks also `rows`: what each
+    pick contributes to the gradient of its entry, summed over 64 heads; B blocks of heads."""
     dtype: gl.constexpr = q_THK.dtype.element_ty
+    PLACES: gl.constexpr = _places(K, ENTRIES)
     s = Queries(
         heads=gl.allocate_shared_memory(dtype, [1, 128, K], SHARED),
-        pieces=gl.allocate_shared_memory(dtype, [PLACES, 64, K // PIECES], SHARED),
+        pieces=gl.allocate_shared_memory(dtype, [PLACES, 64, K // _pieces(K)], SHARED),
         pairs=gl.allocate_shared_memory(dtype, [1, 64 if ENTRIES == "picked" else 8, 128], SHARED),
         gradients=gl.allocate_shared_memory(dtype, [1, 64, 64], SHARED),
         lse=gl.allocate_shared_memory(gl.float32, [2, 32], VECTOR),
@@ -463,8 +463,8 @@ def sparse_attention_bwd_queries_hopper_kernel(
         unseen=gl.allocate_shared_memory(gl.float32, [2, 64], VECTOR),
         steps=gl.allocate_shared_memory(gl.int32, [2, 1], VECTOR),
         window_steps=gl.allocate_shared_memory(gl.int32, [2, 1], VECTOR),
-        heads_loaded=new_mbarriers(PIECES, 256),
-        heads_read=new_mbarriers(PIECES, 1),
+        heads_loaded=new_mbarriers(_pieces(K), 256),
+        heads_read=new_mbarriers(_pieces(K), 1),
         full=new_mbarriers(PLACES, 128),
         empty=new_mbarriers(PLACES, 1),
         unseen_done=new_mbarriers(2, 1),
@@ -474,13 +474,13 @@ def sparse_attention_bwd_queries_hopper_kernel(
     )
     barrier()
     sources = Sources(keys_XK, entries_CK, picked_TM, first_key_T, last_key_T, first_entry_T, visible_T, M)
-    results = do_THK, o_THK, lse_TH, dq_THK, inner_TH, rows_tMBK
+    rows = Rows(q_THK, do_THK, o_THK, lse_TH, dq_THK, inner_TH, rows_tMBK)
     gl.warp_specialize(
         [
-            (_sum_columns, (s, do_THK, o_THK, lse_TH, dq_THK, inner_TH, rows_tMBK, start, items, H, M, scale, 0, K, ENTRIES, PIECES, PLACES)),
-            (_sum_columns, (s, do_THK, o_THK, lse_TH, dq_THK, inner_TH, rows_tMBK, start, items, H, M, scale, 1, K, ENTRIES, PIECES, PLACES)),
-            (_load_columns, (s, q_THK, do_THK, o_THK, sources, start, items, H, K, ENTRIES, PIECES, PLACES)),
+            (_sum_columns, (s, rows, start, items, H, M, scale, 0, K, ENTRIES)),
+            (_sum_columns, (s, rows, start, items, H, M, scale, 1, K, ENTRIES)),
+            (_load_columns, (s, rows, sources, start, items, H, K, ENTRIES)),
         ],
         [4, 4],
-        [232, 40],
+        [232, 40],  # two sums in registers
     )

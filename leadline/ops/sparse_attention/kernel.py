@@ -382,11 +382,19 @@ class Blocks(NamedTuple):
         return triton.cdiv(queries, self.queries) * triton.cdiv(heads, self.heads)
 
 
-# (rows, columns, stages, vectors in shared memory) of a program, best first; the first that fits is taken. Float32
-# products run on the ordinary arithmetic units, which want the smallest.
-FORWARD = ((128, 64, 3, 320), (64, 64, 2, 192), (64, 32, 2, 128), (32, 32, 1, 64), (16, 16, 1, 32))
-BACKWARD_QUERIES = ((64, 64, 2, 256), (64, 64, 1, 192), (32, 32, 1, 96), (16, 32, 1, 64), (16, 16, 1, 48))
-BACKWARD_COLUMNS = ((64, 64, 2, 320), (32, 64, 2, 192), (32, 64, 1, 128), (16, 32, 1, 64), (16, 16, 1, 48))
+class Shapes(NamedTuple):
+    """Shapes for a program: (rows, columns, stages, vectors in shared memory), best first; the first that fits is taken.
+    Float32 products run on the ordinary arithmetic units, which want the last. chunk: its widest, of 16-bit vectors.
+    eight_warps: from so many values in a sum on; beside a sum, the backward has two tiles of scores in registers."""
+
+    choices: tuple[tuple[int, int, int, int], ...]
+    chunk: int
+    eight_warps: int
+
+
+FORWARD = Shapes(((128, 64, 3, 320), (64, 64, 2, 192), (64, 32, 2, 128), (32, 32, 1, 64), (16, 16, 1, 32)), 512, 2**15)
+BACKWARD_QUERIES = Shapes(((32, 32, 1, 104), (16, 32, 1, 72), (16, 16, 1, 52)), 128, 2**13)
+BACKWARD_COLUMNS = Shapes(((64, 32, 1, 176), (32, 32, 1, 104), (16, 32, 1, 68), (16, 16, 1, 52)), 128, 2**13)
 SCRATCH_BYTES = 16 * 2**10
 
 
@@ -401,13 +409,13 @@ def _chunk(width: int, widest: int) -> int:
     return min(widest, divisor if divisor >= 16 else max(16, _power_of_two(width)))
 
 
-def _blocks(q_THK: Tensor, shapes: tuple[tuple[int, int, int, int], ...], queries: int, widest: int) -> Blocks:
-    """The shape for these queries, of which a tile may hold at most `queries`. widest: chunk of 16-bit vectors."""
+def _blocks(q_THK: Tensor, shapes: Shapes, queries: int) -> Blocks:
+    """The shape for these queries, of which a tile may hold at most `queries`."""
     _, num_heads, width = q_THK.shape
     single = q_THK.dtype == torch.float32
-    chunk = _chunk(width, 64 if single else widest)
+    chunk = _chunk(width, 64 if single else shapes.chunk)
     bytes_of_vector = triton.cdiv(width, chunk) * chunk * q_THK.element_size()
-    *larger, smallest = shapes
+    *larger, smallest = shapes.choices
     room = shared_bytes(q_THK.device) - SCRATCH_BYTES
     fitting = [shape for shape in larger if shape[3] * bytes_of_vector <= room and not single]
     rows, columns, stages, _ = [*fitting, smallest][0]
@@ -415,7 +423,7 @@ def _blocks(q_THK: Tensor, shapes: tuple[tuple[int, int, int, int], ...], querie
     queries = min(_power_of_two(queries + 1) // 2, rows // heads)
     heads = max(heads, 16 // queries)  # a matrix product has at least 16 rows
     sums = max(rows, columns) * bytes_of_vector // q_THK.element_size()
-    return Blocks(queries, heads, columns, chunk, 8 if sums >= 2**15 else 4, stages)
+    return Blocks(queries, heads, columns, chunk, 4 if single or sums < shapes.eight_warps else 8, stages)
 
 
 def shared_bytes(device: torch.device) -> int:
@@ -558,7 +566,7 @@ def _forward(x: _Operands) -> tuple[Tensor, Tensor]:
             *vectors, *rest, items, num_heads, x.num_picks, x.scale, K=width, ENTRIES=x.entries, num_warps=4
         )
     else:
-        blocks = _blocks(x.q_THK, FORWARD, x.most_queries, widest=512)
+        blocks = _blocks(x.q_THK, FORWARD, x.most_queries)
         sparse_attention_fwd_kernel[(blocks.programs(num_queries, num_heads),)](
             *vectors, *rest, num_queries, num_heads, x.num_picks, x.scale, K=width, ENTRIES=x.entries, **blocks.options
         )
@@ -575,7 +583,7 @@ def _backward_queries(
     results = dq_THK, inner_TH
     blocks = None
     if not for_hopper(x.q_THK):
-        blocks = _blocks(x.q_THK, BACKWARD_QUERIES, x.most_queries, widest=128 if x.entries == "picked" else 512)
+        blocks = _blocks(x.q_THK, BACKWARD_QUERIES, x.most_queries)
     head_blocks = triton.cdiv(num_heads, 64 if blocks is None else blocks.heads)
 
     def launch(start: int, stop: int, rows_tMBK: Tensor | None) -> None:
@@ -621,7 +629,7 @@ def _backward_columns(
     queries: first query that sees each row, and the one behind the last."""
     num_queries, num_heads, width = x.q_THK.shape
     num_columns = len(vectors_XK)
-    blocks = None if for_hopper(x.q_THK) else _blocks(x.q_THK, BACKWARD_COLUMNS, num_queries, widest=512)
+    blocks = None if for_hopper(x.q_THK) else _blocks(x.q_THK, BACKWARD_COLUMNS, num_queries)
     programs = triton.cdiv(num_columns, 64 if blocks is None else blocks.columns)
     parts = 1 if vectors_XK is x.keys_XK else _parts(x, programs)
     dtype = vectors_XK.dtype if parts == 1 else torch.float32
