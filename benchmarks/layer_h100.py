@@ -39,7 +39,8 @@ from leadline.model.attention import Attention
 from leadline.model.cache_format import EXACT
 from leadline.model.config import FLASH, ModelConfig
 from leadline.model.linear import Norm
-from leadline.model.segment import Segment, SegmentIndex
+from leadline.model.segment import Segment
+from leadline.model.segment_index import SegmentIndex
 from leadline.model.signals import Training
 from leadline.ops.rms_norm import rms_norm
 from leadline.recipes.bench import append, slug
@@ -78,7 +79,7 @@ class LeadlineSide:
 
     def __init__(self, config: ModelConfig, number: int, tokens: int, device: torch.device, training: bool = False):
         self.module, self.config = layer(config, number, device), config
-        self.index = SegmentIndex(Segment.of(torch.zeros(tokens, dtype=torch.int64), device=device), config, 0, None)
+        self.index = SegmentIndex(Segment.of(torch.zeros(tokens, dtype=torch.int64), device=device), config, None)
         self.training = Training(recall_queries=0) if training else None
 
     def __call__(self, x_TD: Tensor) -> Tensor:
