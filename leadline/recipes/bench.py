@@ -215,14 +215,20 @@ def main(arguments: list[str]) -> int:
     folder = Path("runs") if options.only else Path("benchmarks/results") / slug(run.machine)
     path = options.out or folder / "ops.jsonl"
     lines: list[dict[str, Any]] = []
+    red: set[str] = set()
     for case in CASES:
         if options.only and case.op not in options.only:
             continue
         progress.print(f"{case.op}: {case.shape}")
-        found = [record(result, run) for result in measure(case, device)]
+        try:
+            found = [record(result, run) for result in measure(case, device)]
+        except Exception as error:  # a kernel that does not compile or run is red; the other cases are still measured
+            progress.print(f"{type(error).__name__}: {error}", style="bold red", markup=False)
+            red.add(case.op)
+            continue
         append(path, [line for line in found if line["seconds"] is not None])
         lines += found
     console.print(_table(lines))
-    red = sorted({line["row"]["op"] for line in lines if line["seconds"] is None})
-    console.print(f"results: {path}" + (f"; red gates, not timed: {', '.join(red)}" if red else ""))
+    red |= {line["row"]["op"] for line in lines if line["seconds"] is None}
+    console.print(f"results: {path}" + (f"; red gates, not timed: {', '.join(sorted(red))}" if red else ""))
     return 1 if red else 0

@@ -209,13 +209,14 @@ def look(t, sources, K: gl.constexpr, ENTRIES: gl.constexpr):
     """The picture of query t."""
     low = gl.load(sources.first_key_T + t)
     window = (gl.load(sources.last_key_T + t) + 1 - low).to(gl.int32)
-    entries, length, picked = sources.entries_CK, window * 0, sources.picked_TM
+    # A function of Triton 3.6 cannot return None, so pointers that nobody follows stand in for what is not there.
+    entries, length, picked = sources.keys_XK, window * 0, sources.last_key_T
     if ENTRIES != "none":
-        entries += gl.load(sources.first_entry_T + t) * K
+        entries = sources.entries_CK + gl.load(sources.first_entry_T + t) * K
     if ENTRIES == "visible":
         length = gl.load(sources.visible_T + t).to(gl.int32)
     if ENTRIES == "picked":
-        picked += t * sources.M
+        picked = sources.picked_TM + t * sources.M
         length = length_of_picks(picked, sources.M)
     return Picture(sources.keys_XK + low * K, window, entries, length, picked)
 
