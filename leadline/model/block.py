@@ -38,8 +38,9 @@ class Block(nn.Module):
         x_TSD, y_TD, post_TS, comb_TSS = self.hc_attn.mix_in(x_TSD)
         y_TD = rms_norm(y_TD, self.attn_norm.weight, self.eps)
         y_TD, indexer = self.attn(y_TD, index, state, cache_format, training)
+        x_TSD = self.hc_attn.mix_out(x_TSD, y_TD, post_TS, comb_TSS)
 
-        x_TSD, y_TD, post_TS, comb_TSS = self.hc_ffn.mix_through(x_TSD, y_TD, post_TS, comb_TSS)
+        x_TSD, y_TD, post_TS, comb_TSS = self.hc_ffn.mix_in(x_TSD)
         y_TD = rms_norm(y_TD, self.ffn_norm.weight, self.eps)
         y_TD, experts = self.ffn(y_TD, index.segment, training is not None)
         x_TSD = self.hc_ffn.mix_out(x_TSD, y_TD, post_TS, comb_TSS)

@@ -6,8 +6,6 @@ Around every sublayer F, per token:
     y  = sum_j pre_j X_j                      mix in: the streams collapse into the sublayer's input
     X'_k = post_k F(norm(y)) + sum_j comb_jk X_j                mix out
 
-From one sublayer to the next the streams mix through: out of the one, into the other.
-
 comb is made doubly stochastic by Sinkhorn normalisation: mixing then neither grows nor shrinks the streams however deep
 the model is, which is the "manifold constraint". The sum runs over the FIRST index of comb; the transpose also looks
 doubly stochastic and fails silently.
@@ -41,13 +39,6 @@ class HyperConnection(nn.Module):
     def mix_in(self, x_TSD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Collapse the streams: (X to go on with, y_TD in the dtype of X, post_TS FP32, comb_TSS FP32)."""
         return op.mix_in(x_TSD, self.fn, self.base, self.scale, self.rounds, self.eps, self.rms_norm_eps)
-
-    def mix_through(
-        self, x_TSD: Tensor, out_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Out of the sublayer before, whose output and coefficients are given, and into this one: as `mix_in`."""
-        own = self.fn, self.base, self.scale, self.rounds, self.eps, self.rms_norm_eps
-        return op.mix_through(x_TSD, out_TD, post_TS, comb_TSS, *own)
 
     @staticmethod
     def mix_out(x_TSD: Tensor, out_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor) -> Tensor:

@@ -96,34 +96,33 @@ def gain_under_drift(
 def _mixing_logits(model: Transformer) -> Iterator[list[Tensor]]:
     """Collect the logits of comb of every trunk sublayer, in the order in which a forward pass makes them.
 
-    A sublayer's streams are what its way in returns: `mix_in`, or `mix_through` behind another sublayer. These are no
-    modules of their own that a hook could watch, so they are replaced on the instances and put back.
+    `HyperConnection.mix_in` is no module of its own that a hook could watch, so it is replaced on the instances and put
+    back.
     """
     collected: list[Tensor] = []
-    watched: list[tuple[HyperConnection, str, Any]] = []
+    watched: list[tuple[HyperConnection, Any]] = []
 
-    def watch(connection: HyperConnection, way_in: str) -> None:
-        watched.append((connection, way_in, vars(connection).get(way_in)))
-        original = getattr(connection, way_in)
+    def watch(connection: HyperConnection) -> None:
+        watched.append((connection, vars(connection).get("mix_in")))
+        original = connection.mix_in
 
-        def collecting(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            x_TSD, *rest = original(*inputs)
+        def collecting(x_TSD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             collected.append(connection.comb_logits(x_TSD))
-            return x_TSD, *rest
+            return original(x_TSD)
 
-        setattr(connection, way_in, collecting)
+        connection.mix_in = collecting
 
     try:
         for block in model.layers:
             assert isinstance(block, Block)
-            watch(block.hc_attn, "mix_in")
-            watch(block.hc_ffn, "mix_through")
+            watch(block.hc_attn)
+            watch(block.hc_ffn)
         yield collected
     finally:
-        for connection, way_in, before in watched:
-            delattr(connection, way_in)
+        for connection, before in watched:
+            del connection.mix_in
             if before is not None:  # somebody else watches this instance
-                setattr(connection, way_in, before)
+                connection.mix_in = before
 
 
 def _gain(logits: list[Tensor], rounds: int, eps: float, diagonal: float) -> ResidualGain:

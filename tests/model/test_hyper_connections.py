@@ -55,15 +55,6 @@ def test_mix_in_and_out(tokens: int) -> None:
             torch.testing.assert_close(mixed[t, k].double(), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_mix_through_is_out_and_in() -> None:
-    before, after = random_connection(), random_connection()
-    x, out = torch.randn(9, S, D), torch.randn(9, D)
-    x, _, post, comb = before.mix_in(x)
-    expected = after.mix_in(before.mix_out(x, out, post, comb))
-    for ours, wanted in zip(after.mix_through(x, out, post, comb), expected, strict=True):
-        torch.testing.assert_close(ours, wanted)
-
-
 def test_neutral_parameters() -> None:
     """base = fn = 0, whatever the gates: pre 0.5 + 1e-6, post 1, comb 1/S."""
     connection = random_connection()

@@ -134,12 +134,13 @@ def test_routing_and_balance_ask_the_host_for_nothing(hashed: bool) -> None:
 @pytest.mark.parametrize("hashed", [False, True], ids=["score", "hash"])
 @pytest.mark.parametrize("training", [True, False])
 def test_the_host_waits_for_no_number(hashed: bool, training: bool) -> None:
-    moe = random_moe(hashed).to("cuda")
+    moe = MoE(TINY, hashed).to("cuda")
     for parameter in moe.parameters():
-        parameter.data = parameter.data.bfloat16()
-    wide = CONFIG.hidden_size
-    x = torch.randn(40, wide, device="cuda", dtype=torch.bfloat16, requires_grad=training)
-    segment = Segment.of(torch.randint(0, CONFIG.vocab_size, (40,)), device="cuda")
+        parameter.data = torch.randn(parameter.shape, device="cuda").bfloat16()
+    for buffer in moe.buffers():
+        buffer.zero_()
+    x = torch.randn(40, TINY.hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=training)
+    segment = Segment.of(torch.randint(0, TINY.vocab_size, (40,)), device="cuda")
     assert segment.sequence_T.is_cuda
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from leadline.ops.hyper_connection import collapse, mix_head, mix_in, mix_out, mix_through, projection
+from leadline.ops.hyper_connection import collapse, mix_head, mix_in, mix_out, projection
 from leadline.ops.sinkhorn import sinkhorn
 
 EPS = 1e-6
@@ -28,11 +28,6 @@ def mix_out_inputs(tokens: int, streams: int, width: int, dtype: torch.dtype = t
     return [torch.randn(shape, dtype=dtype) for shape in shapes]
 
 
-def mix_through_inputs(tokens: int, streams: int, width: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    sublayer = mix_out_inputs(tokens, streams, width, dtype)
-    return [*sublayer, *mix_in_inputs(tokens, streams, width, dtype)[1:]]
-
-
 def mix_head_inputs(tokens: int, streams: int, width: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     shapes = (tokens, streams, width), (streams, streams * width), (streams,), (1,)
     return [torch.randn(shape, dtype=dtype) for shape in shapes]
@@ -42,11 +37,6 @@ def into(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> tuple[Tensor, Te
     return mix_in(x, fn, base, scale, 4, EPS, EPS)
 
 
-def through(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, out, post, comb, fn, base, scale = inputs
-    return mix_through(x, out, post, comb, fn, base, scale, 4, EPS, EPS)
-
-
 def head(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> Tensor:
     return mix_head(x, fn, base, scale, EPS, EPS)
 
@@ -54,7 +44,6 @@ def head(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> Tensor:
 OPS = [
     (into, mix_in_inputs),
     (mix_out, mix_out_inputs),
-    (through, mix_through_inputs),
     (head, mix_head_inputs),
 ]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leadline.ops.dispatch import implementation
-from leadline.ops.hyper_connection import mix_head, mix_in, mix_out, mix_through
+from leadline.ops.hyper_connection import mix_head, mix_in, mix_out
 
 # tokens, streams, width
 SHAPES = [(1, 4, 6), (7, 4, 32), (19, 4, 4), (5, 3, 17), (3, 1, 8), (2, 2, 1030)]
@@ -28,10 +28,6 @@ def mix_out_inputs(tokens: int, streams: int, width: int, device: str = "cpu") -
     return [x, out, torch.rand(tokens, streams, device=device), torch.rand(tokens, streams, streams, device=device)]
 
 
-def mix_through_inputs(tokens: int, streams: int, width: int, device: str = "cpu") -> list[Tensor]:
-    return [*mix_out_inputs(tokens, streams, width, device), *mix_in_inputs(tokens, streams, width, device)[1:]]
-
-
 def mix_head_inputs(tokens: int, streams: int, width: int, device: str = "cpu") -> list[Tensor]:
     x, fn, base, scale = mix_in_inputs(tokens, streams, width, device)
     return [x, fn[:streams], base[:streams], scale[:1]]
@@ -39,14 +35,6 @@ def mix_head_inputs(tokens: int, streams: int, width: int, device: str = "cpu") 
 
 def into(rounds: int = 20) -> Callable[..., tuple[Tensor, ...]]:
     return lambda x, fn, base, scale: mix_in(x, fn, base, scale, rounds, 1e-6, 1e-6)
-
-
-def through(rounds: int = 20) -> Callable[..., tuple[Tensor, ...]]:
-    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-        x, out, post, comb, fn, base, scale = inputs
-        return mix_through(x, out, post, comb, fn, base, scale, rounds, 1e-6, 1e-6)
-
-    return run
 
 
 def head(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> Tensor:
@@ -70,7 +58,6 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     from leadline.ops.hyper_connection import kernel
 
     monkeypatch.setattr(kernel, "SLICE", 64)
-    monkeypatch.setattr(kernel, "SPAN", 32)
     monkeypatch.setattr(kernel, "TOKENS_PER_SUM", 16)
     monkeypatch.setattr(kernel, "TOKENS_PER_GATE_SUM", 8)
     monkeypatch.setattr(kernel, "TOKENS_PER_COEFFICIENTS", 4)
@@ -88,7 +75,6 @@ def test_several_slices_and_sums(
 
     monkeypatch.setattr(kernel, "VERY_MANY_TOKENS", very_many)
     against_reference(into(2), mix_in_inputs(9, 4, 40), 1e-5)
-    against_reference(through(2), mix_through_inputs(9, 4, 40), 1e-5)
     against_reference(head, mix_head_inputs(9, 4, 40), 1e-5)
 
 
@@ -102,7 +88,7 @@ def test_slices_add_up_alike_in_one_program_and_in_many(monkeypatch: pytest.Monk
         monkeypatch.setattr(kernel, "VERY_MANY_TOKENS", very_many)
         torch.manual_seed(0)
         with implementation("kernel"):
-            results.append([*into(2)(*mix_in_inputs(5, 4, 70)), *through(2)(*mix_through_inputs(5, 4, 70))])
+            results.append(into(2)(*mix_in_inputs(5, 4, 70)))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
@@ -114,23 +100,16 @@ def test_mix_out_interpreted(shape: tuple[int, int, int], against_reference: Cal
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_mix_through_interpreted(shape: tuple[int, int, int], against_reference: Callable[..., None]) -> None:
-    against_reference(through(5), mix_through_inputs(*shape), 1e-5)
-
-
-@pytest.mark.interpret
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_mix_head_interpreted(shape: tuple[int, int, int], against_reference: Callable[..., None]) -> None:
     against_reference(head, mix_head_inputs(*shape), 1e-5)
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("op", ["in", "out", "through", "head"])
+@pytest.mark.parametrize("op", ["in", "out", "head"])
 def test_any_layout_in(op: str, scattered: Callable[[Tensor], Tensor], against_reference: Callable[..., None]) -> None:
     run, make = {
         "in": (into(3), mix_in_inputs),
         "out": (mix_out, mix_out_inputs),
-        "through": (through(3), mix_through_inputs),
         "head": (head, mix_head_inputs),
     }[op]
     against_reference(run, [scattered(x) for x in make(5, 4, 8)], 1e-5)
@@ -140,7 +119,6 @@ def test_any_layout_in(op: str, scattered: Callable[[Tensor], Tensor], against_r
 def test_no_tokens(against_reference: Callable[..., None]) -> None:
     against_reference(into(3), mix_in_inputs(0, 4, 8), 0.0)
     against_reference(mix_out, mix_out_inputs(0, 4, 8), 0.0)
-    against_reference(through(3), mix_through_inputs(0, 4, 8), 0.0)
     against_reference(head, mix_head_inputs(0, 4, 8), 0.0)
 
 
@@ -155,15 +133,12 @@ def test_a_token_does_not_depend_on_its_neighbours() -> None:
 
 @pytest.mark.gpu
 def test_a_token_on_the_card_does_not_depend_on_its_neighbours() -> None:
-    """Among so many that slices are added up in one program, and alone."""
-    x, out, post, comb, *parameters = mix_through_inputs(5000, 4, 4096, "cuda")
-    sublayer = x.bfloat16(), out.bfloat16(), post, comb
-    one = [part[777:778] for part in sublayer]
-    for together, alone in (
-        (into()(sublayer[0], *parameters), into()(one[0], *parameters)),
-        (through()(*sublayer, *parameters), through()(*one, *parameters)),
-    ):
-        for all_tokens, single in zip(together, alone, strict=True):
+    """Alone, and among so many that fn is split beforehand and slices are added up in one program."""
+    x, *parameters = mix_in_inputs(5000, 4, 4096, "cuda")
+    x = x.bfloat16()
+    alone = into()(x[777:778], *parameters)
+    for many in (5000, 2000, 800):
+        for all_tokens, single in zip(into()(x[:many], *parameters), alone, strict=True):
             assert torch.equal(all_tokens[777:778], single)
 
 
@@ -185,17 +160,6 @@ def test_mix_out_compiled(
 ) -> None:
     x, out, *coefficients = mix_out_inputs(*shape, "cuda")
     against_reference(mix_out, [x.to(dtype), out.to(dtype), *coefficients], tolerance)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 8e-3), (torch.float32, 1e-5)])
-def test_mix_through_compiled(
-    shape: tuple[int, int, int], dtype: torch.dtype, tolerance: float, against_reference: Callable[..., None]
-) -> None:
-    """The streams between the sublayers are rounded, which moves everything behind."""
-    x, out, *rest = mix_through_inputs(*shape, "cuda")
-    against_reference(through(), [x.to(dtype), out.to(dtype), *rest], tolerance)
 
 
 @pytest.mark.gpu

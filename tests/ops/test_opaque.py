@@ -16,7 +16,7 @@ from leadline.ops.cross_entropy import cross_entropy
 from leadline.ops.dispatch import implementation
 from leadline.ops.gated_pool import gated_pool
 from leadline.ops.grouped_linear import grouped_linear
-from leadline.ops.hyper_connection import mix_head, mix_in, mix_out, mix_through
+from leadline.ops.hyper_connection import mix_head, mix_in, mix_out
 from leadline.ops.newton_schulz import newton_schulz
 from leadline.ops.opaque import opaque
 from leadline.ops.rms_norm import rms_norm
@@ -25,10 +25,6 @@ from leadline.ops.swiglu import swiglu
 from leadline.ops.token_permutation import combine, dispatch, expert_order
 
 EPS = 1e-6
-
-
-def through(x: Tensor, out: Tensor, post: Tensor, comb: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> Any:
-    return mix_through(x, out, post, comb, fn, base, scale, 2, EPS, EPS)
 
 
 def experts(x: Tensor, chosen: Tensor) -> Any:
@@ -44,7 +40,6 @@ CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...] | Tensor]]] = {
     "swiglu": (lambda gate, up, scale: swiglu(gate, up, 1.0, scale), [(5, 8), (5, 8), (5,)]),
     "swiglu without weights": (lambda gate, up: swiglu(gate, up, 1.0), [(5, 8), (5, 8)]),
     "mix_in": (lambda x, fn, base, scale: mix_in(x, fn, base, scale, 2, EPS, EPS), [(5, 4, 8), (24, 32), (24,), (3,)]),
-    "mix_through": (through, [(5, 4, 8), (5, 8), (5, 4), (5, 4, 4), (24, 32), (24,), (3,)]),
     "mix_out": (mix_out, [(5, 4, 8), (5, 8), (5, 4), (5, 4, 4)]),
     "mix_head": (lambda x, fn, base, scale: mix_head(x, fn, base, scale, EPS, EPS), [(5, 4, 8), (4, 32), (4,), (1,)]),
     "gated_pool": (

@@ -8,7 +8,7 @@ from leadline.ops.dispatch import use_kernel
 from leadline.ops.hyper_connection import reference
 from leadline.ops.hyper_connection.reference import collapse, projection
 
-__all__ = ["collapse", "mix_head", "mix_in", "mix_out", "mix_through", "projection"]
+__all__ = ["collapse", "mix_head", "mix_in", "mix_out", "projection"]
 
 
 def mix_in(
@@ -48,30 +48,6 @@ def mix_out(x_TSD: Tensor, out_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor) ->
 
         return kernel.MixOut.apply(x_TSD, out_TD, post_TS, comb_TSS)
     return reference.MixOut.apply(x_TSD, out_TD, post_TS, comb_TSS)
-
-
-def mix_through(
-    x_TSD: Tensor,
-    out_TD: Tensor,
-    post_TS: Tensor,
-    comb_TSS: Tensor,
-    fn: Tensor,
-    base: Tensor,
-    scale: Tensor,
-    rounds: int,
-    eps: float,
-    rms_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Out of one sublayer and into the next: `mix_in` of what `mix_out` returns.
-
-    x, out, post, comb: as in `mix_out`; fn, base, scale and the rest: those of the next sublayer. Returns what `mix_in`
-    does, the streams being those between the two sublayers. As one op the kernel reads them one time less.
-    """
-    if use_kernel("hyper_connection", x_TSD):
-        from leadline.ops.hyper_connection import kernel
-
-        return kernel.MixThrough.apply(x_TSD, out_TD, post_TS, comb_TSS, fn, base, scale, rounds, eps, rms_eps)
-    return mix_in(mix_out(x_TSD, out_TD, post_TS, comb_TSS), fn, base, scale, rounds, eps, rms_eps)
 
 
 def mix_head(x_TSD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, rms_eps: float) -> Tensor:

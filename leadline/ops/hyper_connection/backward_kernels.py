@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from leadline.ops.hyper_connection.forward_kernels import dot, softmax
+from leadline.ops.hyper_connection.forward_kernels import dot
 
 
 @triton.jit
@@ -17,6 +17,14 @@ def _dot_of_floats(a, b, total, SPLIT: tl.constexpr):
         total = tl.dot(a_high, (b - b_high.to(tl.float32)).to(tl.bfloat16), total)
         return tl.dot(a_high, b_high, total)
     return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def _softmax(logits, valid):
+    """Softmax over the last axis of [tokens, S, S], 0 outside of the valid S x S."""
+    logits = tl.where(valid, logits, -1e30)
+    weights = tl.where(valid, tl.exp(logits - tl.max(logits, axis=2, keep_dims=True)), 0.0)
+    return weights / tl.maximum(tl.sum(weights, axis=2, keep_dims=True), 1e-30)
 
 
 @triton.jit
@@ -99,7 +107,7 @@ def hyper_connection_coefficients_bwd_kernel(
         scale = tl.load(scale_ptr + 2)
         mixes = tl.load(mixes_ptr + tokens[:, None, None] * ROWS + 2 * S + place, mask=valid, other=0.0)
         logits = mixes * scale + tl.load(base_ptr + 2 * S + place, mask=(read < S) & (written < S), other=0.0)
-        probabilities = softmax(logits, valid)
+        probabilities = _softmax(logits, valid)
         # The rounds again, all of their results in registers. A result y = x / s with s = sum(x) + eps gives back
         # dx = (dy - sum(dy y)) / s.
         comb = tl.where(valid, probabilities + eps, 0.0)
@@ -184,26 +192,6 @@ def hyper_connection_in_bwd_kernel(
         tl.store(dfn_ptr + flat[:, None] * BLOCK_ROWS + rows[None, :], dfn[k], mask=(columns < D)[:, None])
 
 
-@triton.jit
-def hyper_connection_fn_bwd_kernel(
-    parts_ptr,
-    dfn_ptr,
-    PARTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-):
-    """dfn from its sums over runs of tokens, which are stored the other way round."""
-    columns = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)[:, None]
-    rows = tl.arange(0, BLOCK_ROWS)[None, :]
-    total = tl.zeros((BLOCK_WIDTH, BLOCK_ROWS), tl.float32)
-    for part in range(PARTS):
-        place = (part * WIDTH + columns) * BLOCK_ROWS + rows
-        total += tl.load(parts_ptr + place, mask=columns < WIDTH, other=0.0)
-    tl.store(dfn_ptr + rows * WIDTH + columns, total, mask=(columns < WIDTH) & (rows < ROWS))
-
-
 @triton.jit(do_not_specialize=["T"])
 def hyper_connection_gates_bwd_kernel(
     dlogits_ptr,
@@ -215,18 +203,51 @@ def hyper_connection_gates_bwd_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """The part of a block of tokens in dbase [ROWS] and, behind it, in dscale."""
+    """The part of a block of tokens in dbase, and behind it in d scale for each row of fn."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     rows = tl.arange(0, BLOCK_ROWS)
     inside = (tokens < T) & (rows < ROWS)[None, :]
     dlogits = tl.load(dlogits_ptr + tokens * ROWS + rows[None, :], mask=inside, other=0.0)
     mixes = tl.load(mixes_ptr + tokens * ROWS + rows[None, :], mask=inside, other=0.0)
-    dgates = tl.sum(dlogits * mixes, axis=0)
-    parts_ptr += tl.program_id(0) * (ROWS + 3)
-    tl.store(parts_ptr + rows, tl.sum(dlogits, axis=0), mask=rows < ROWS)
-    gate = tl.minimum(rows // S, 2)
-    for number in tl.static_range(3):
-        tl.store(parts_ptr + ROWS + number, tl.sum(tl.where(gate == number, dgates, 0.0), axis=0))
+    parts_ptr += tl.program_id(0) * 2 * BLOCK_ROWS + rows
+    tl.store(parts_ptr, tl.sum(dlogits, axis=0))
+    tl.store(parts_ptr + BLOCK_ROWS, tl.sum(dlogits * mixes, axis=0))
+
+
+@triton.jit(do_not_specialize=["fn_parts", "gate_parts"])
+def hyper_connection_parameters_bwd_kernel(
+    fn_parts_ptr,
+    gate_parts_ptr,
+    dfn_ptr,
+    dbase_ptr,
+    dscale_ptr,
+    fn_parts,
+    gate_parts,
+    S: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """Some columns of dfn from its parts, which are stored the other way round; the first program also makes dbase and
+    dscale."""
+    columns = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)[:, None]
+    rows = tl.arange(0, BLOCK_ROWS)
+    dfn = tl.zeros((BLOCK_WIDTH, BLOCK_ROWS), tl.float32)
+    for part in range(fn_parts):
+        place = (part * WIDTH + columns) * BLOCK_ROWS + rows[None, :]
+        dfn += tl.load(fn_parts_ptr + place, mask=columns < WIDTH, other=0.0)
+    tl.store(dfn_ptr + rows[None, :] * WIDTH + columns, dfn, mask=(columns < WIDTH) & (rows < ROWS)[None, :])
+    if tl.program_id(0) == 0:
+        dbase = tl.zeros((BLOCK_ROWS,), tl.float32)
+        dgates = tl.zeros((BLOCK_ROWS,), tl.float32)
+        for part in range(gate_parts):
+            dbase += tl.load(gate_parts_ptr + 2 * part * BLOCK_ROWS + rows)
+            dgates += tl.load(gate_parts_ptr + (2 * part + 1) * BLOCK_ROWS + rows)
+        tl.store(dbase_ptr + rows, dbase, mask=rows < ROWS)
+        gate = tl.minimum(rows // S, 2)
+        for number in tl.static_range(3 if ROWS > S else 1):
+            tl.store(dscale_ptr + number, tl.sum(tl.where(gate == number, dgates, 0.0), axis=0))
 
 
 @triton.jit

@@ -9,17 +9,38 @@ import triton.language as tl
 
 
 @triton.jit
+def terms_of(x):
+    """FP32 x as a sum: high + middle + low, each in bfloat16."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
 def dot(a, b, total):
-    """total + a b, with FP32 b. bfloat16 a is exact as it is; b = high + middle + low, each in bfloat16."""
+    """total + a b, with FP32 b; bfloat16 a is exact as it is, and meets the terms of b."""
     if a.dtype == tl.bfloat16:
-        high = b.to(tl.bfloat16)
-        rest = b - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        high, middle, low = terms_of(b)
         total = tl.dot(a, low, total)
         total = tl.dot(a, middle, total)
         return tl.dot(a, high, total)
     return tl.dot(a.to(tl.float32), b, total, input_precision="ieee")
+
+
+@triton.jit
+def hyper_connection_terms_fwd_kernel(
+    fn_ptr,
+    terms_ptr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The terms of fn, one array behind the other."""
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    high, middle, low = terms_of(tl.load(fn_ptr + places, mask=places < SIZE, other=0.0))
+    tl.store(terms_ptr + places, high, mask=places < SIZE)
+    tl.store(terms_ptr + SIZE + places, middle, mask=places < SIZE)
+    tl.store(terms_ptr + 2 * SIZE + places, low, mask=places < SIZE)
 
 
 @triton.jit
@@ -32,6 +53,7 @@ def _next_slice(begins, total, part):
 def hyper_connection_projection_fwd_kernel(
     x_ptr,
     fn_ptr,
+    terms_ptr,
     partial_ptr,
     T,
     WIDTH: tl.constexpr,
@@ -43,7 +65,7 @@ def hyper_connection_projection_fwd_kernel(
     BLOCK_WIDTH: tl.constexpr,
 ):
     """partial[part, t, :ROWS] = X_t fn^T and partial[part, t, ROWS] = |X_t|^2 over TOGETHER slices of X_t, added one
-    after the other."""
+    after the other. terms: those of fn, or None, where they are worked out here."""
     # Slices of a block of tokens are neighbours, and the last tokens come first; see kernel.py.
     block = tl.num_programs(1) - 1 - tl.program_id(1)
     tokens = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -56,14 +78,16 @@ def hyper_connection_projection_fwd_kernel(
         total_products, products = _next_slice(begins, total_products, products)
         total_squares, squares = _next_slice(begins, total_squares, squares)
         columns = tl.program_id(0) * TOGETHER * SLICE + start + tl.arange(0, BLOCK_WIDTH)
-        inside = columns < WIDTH
-        x = tl.load(
-            x_ptr + tokens[:, None] * WIDTH + columns[None, :], mask=(tokens < T)[:, None] & inside[None, :], other=0.0
-        )
-        fn = tl.load(
-            fn_ptr + rows[None, :] * WIDTH + columns[:, None], mask=(rows < ROWS)[None, :] & inside[:, None], other=0.0
-        )
-        products = dot(x, fn, products)
+        inside = (tokens < T)[:, None] & (columns < WIDTH)[None, :]
+        x = tl.load(x_ptr + tokens[:, None] * WIDTH + columns[None, :], mask=inside, other=0.0)
+        places = rows[None, :] * WIDTH + columns[:, None]
+        inside = (rows < ROWS)[None, :] & (columns < WIDTH)[:, None]
+        if terms_ptr is None:
+            products = dot(x, tl.load(fn_ptr + places, mask=inside, other=0.0), products)
+        else:
+            for term in tl.static_range(2, -1, -1):
+                part = tl.load(terms_ptr + term * ROWS * WIDTH + places, mask=inside, other=0.0)
+                products = tl.dot(x, part, products)
         x = x.to(tl.float32)
         squares += tl.sum(x * x, axis=1)
     result = tl.where((rows == ROWS)[None, :], (total_squares + squares)[:, None], total_products + products)
@@ -71,7 +95,7 @@ def hyper_connection_projection_fwd_kernel(
     tl.store(target, result, mask=(tokens < T)[:, None])
 
 
-# -- out of a sublayer, and the projection for the next ------------------------------------------------------------
+# -- out of a sublayer ---------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -105,90 +129,6 @@ def hyper_connection_out_fwd_kernel(
             for j in tl.static_range(S):
                 mixed += comb[j * S + k] * x[j]
             tl.store(mixed_ptr + (token * S + k) * D + columns, mixed.to(mixed_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def hyper_connection_terms_fwd_kernel(
-    fn_ptr,
-    terms_ptr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    TERMS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-):
-    """The terms whose sum fn is, in the dtype of `terms_ptr`, one below the other, BLOCK_ROWS rows each."""
-    rows = tl.arange(0, BLOCK_ROWS)[:, None]
-    columns = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)[None, :]
-    inside = columns < WIDTH
-    rest = tl.load(fn_ptr + rows * WIDTH + columns, mask=inside & (rows < ROWS), other=0.0)
-    for term in tl.static_range(TERMS):
-        part = rest.to(terms_ptr.dtype.element_ty)
-        rest -= part.to(tl.float32)
-        tl.store(terms_ptr + (term * BLOCK_ROWS + rows) * WIDTH + columns, part, mask=inside)
-
-
-@triton.jit(do_not_specialize=["T"])
-def hyper_connection_through_fwd_kernel(
-    x_ptr,
-    out_ptr,
-    post_ptr,
-    comb_ptr,
-    terms_ptr,
-    mixed_ptr,
-    partial_ptr,
-    T,
-    S: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    TERMS: tl.constexpr,
-    SPAN: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_TERMS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """SPAN columns of all streams of a block of tokens out of one sublayer, and what these columns contribute to the
-    projection for the next. A slice of the projection is a span of every stream here."""
-    block = tl.num_programs(1) - 1 - tl.program_id(1)
-    tokens = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    inside = tokens < T
-    post, comb = (), ()
-    for k in tl.static_range(S):
-        post = post + (tl.load(post_ptr + tokens * S + k, mask=inside, other=0.0)[:, None],)
-    for place in tl.static_range(S * S):
-        comb = comb + (tl.load(comb_ptr + tokens * S * S + place, mask=inside, other=0.0)[:, None],)
-    terms = tl.arange(0, BLOCK_TERMS * BLOCK_ROWS)[:, None]
-    products = tl.zeros((BLOCK_TERMS * BLOCK_ROWS, BLOCK_T), tl.float32)
-    squares = tl.zeros((BLOCK_T,), tl.float32)
-    for start in range(0, SPAN, BLOCK_D):
-        columns = tl.program_id(0) * SPAN + start + tl.arange(0, BLOCK_D)[None, :]
-        mask = inside[:, None] & (columns < D)
-        out = tl.load(out_ptr + tokens[:, None] * D + columns, mask=mask, other=0.0).to(tl.float32)
-        places = tokens[:, None] * (S * D) + columns
-        x = ()
-        for j in tl.static_range(S):
-            x = x + (tl.load(x_ptr + places + j * D, mask=mask, other=0.0).to(tl.float32),)
-        for k in tl.static_range(S):
-            mixed = post[k] * out
-            for j in tl.static_range(S):
-                mixed += comb[j * S + k] * x[j]
-            mixed = mixed.to(mixed_ptr.dtype.element_ty)
-            tl.store(mixed_ptr + places + k * D, mixed, mask=mask)
-            fn = tl.load(
-                terms_ptr + terms * (S * D) + k * D + columns,
-                mask=(terms < TERMS * BLOCK_ROWS) & (columns < D),
-                other=0.0,
-            )
-            # The streams on the left would be computed a second time, in another layout.
-            products = tl.dot(fn, tl.trans(mixed), products, input_precision="ieee")
-            mixed = mixed.to(tl.float32)
-            squares += tl.sum(mixed * mixed, axis=1)
-    products = tl.sum(tl.reshape(products, (BLOCK_TERMS, BLOCK_ROWS, BLOCK_T)), axis=0)
-    rows = tl.arange(0, BLOCK_ROWS)[:, None]
-    result = tl.where(rows == ROWS, squares[None, :], products)
-    target = partial_ptr + (tl.program_id(0) * T + tokens)[None, :] * BLOCK_ROWS + rows
-    tl.store(target, result, mask=inside[None, :])
 
 
 # -- into a sublayer, with the projection at hand ------------------------------------------------------------------
@@ -262,11 +202,18 @@ def _collapse(
 
 
 @triton.jit
-def softmax(logits, valid):
-    """Softmax over the last axis of [tokens, S, S], 0 outside of the valid S x S."""
-    logits = tl.where(valid, logits, -1e30)
-    weights = tl.where(valid, tl.exp(logits - tl.max(logits, axis=2, keep_dims=True)), 0.0)
-    return weights / tl.maximum(tl.sum(weights, axis=2, keep_dims=True), 1e-30)
+def _normalized(comb, eps, S: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr):
+    """comb with every sum over k made 1, where comb is a tuple of S x S vectors and [j, k] is at j ROW + k COLUMN."""
+    inverse = ()
+    for j in tl.static_range(S):
+        total = comb[j * ROW]
+        for k in tl.static_range(1, S):
+            total += comb[j * ROW + k * COLUMN]
+        inverse = inverse + (1.0 / (total + eps),)
+    normalized = ()
+    for place in tl.static_range(S * S):
+        normalized = normalized + (comb[place] * inverse[place // ROW % S],)
+    return normalized
 
 
 @triton.jit
@@ -289,9 +236,9 @@ def _coefficients(
     PARTS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
 ):
-    """post and comb of a block of tokens, and what the backward needs of all coefficients."""
+    """post and comb of a block of tokens, and what the backward needs of all coefficients. Each thread has the whole
+    comb of a token, so that no step of Sinkhorn waits for another thread."""
     inside = tokens < T
     mixes, inverse_rms = _projections(tokens, partial_ptr, T, rms_eps, S * D, ROWS, PARTS, GROUP, BLOCK_ROWS)
     tl.store(inverse_rms_ptr + tokens, inverse_rms, mask=inside)
@@ -299,25 +246,31 @@ def _coefficients(
     tl.store(mixes_ptr + tokens[:, None] * ROWS + rows, mixes, mask=inside[:, None] & (rows < ROWS))
 
     if ROWS > S:
-        tl.debug_barrier()  # other threads read now, in the shapes of post and comb, what was written above
-        stream = tl.arange(0, BLOCK_S)[None, :]
-        each = inside[:, None] & (stream < S)
-        mixes = tl.load(mixes_ptr + tokens[:, None] * ROWS + S + stream, mask=each, other=0.0)
-        logits = mixes * tl.load(scale_ptr + 1) + tl.load(base_ptr + S + stream, mask=stream < S, other=0.0)
-        tl.store(post_ptr + tokens[:, None] * S + stream, 2 * tl.sigmoid(logits), mask=each)
-
-        read, written = tl.arange(0, BLOCK_S)[None, :, None], tl.arange(0, BLOCK_S)[None, None, :]
-        place = read * S + written
-        valid = inside[:, None, None] & (read < S) & (written < S)
-        mixes = tl.load(mixes_ptr + tokens[:, None, None] * ROWS + 2 * S + place, mask=valid, other=0.0)
-        base = tl.load(base_ptr + 2 * S + place, mask=(read < S) & (written < S), other=0.0)
-        logits = mixes * tl.load(scale_ptr + 2) + base
-        comb = tl.where(valid, softmax(logits, valid) + eps, 0.0)
-        comb /= tl.sum(comb, axis=1, keep_dims=True) + eps
+        tl.debug_barrier()  # other threads read now what was written above
+        mixes_ptr += tokens * ROWS + S
+        post_scale, comb_scale = tl.load(scale_ptr + 1), tl.load(scale_ptr + 2)
+        for k in tl.static_range(S):
+            logits = tl.load(mixes_ptr + k, mask=inside, other=0.0) * post_scale + tl.load(base_ptr + S + k)
+            tl.store(post_ptr + tokens * S + k, 2 * tl.sigmoid(logits), mask=inside)
+        logits = ()
+        for place in tl.static_range(S * S):
+            mix = tl.load(mixes_ptr + S + place, mask=inside, other=0.0)
+            logits = logits + (mix * comb_scale + tl.load(base_ptr + 2 * S + place),)
+        weights = ()
+        for place in tl.static_range(S * S):
+            largest = logits[place // S * S]
+            for k in tl.static_range(1, S):
+                largest = tl.maximum(largest, logits[place // S * S + k])
+            weights = weights + (tl.exp(logits[place] - largest),)
+        weights = _normalized(weights, 0.0, S, S, 1)
+        comb = ()
+        for place in tl.static_range(S * S):
+            comb = comb + (weights[place] + eps,)
+        comb = _normalized(comb, eps, S, 1, S)
         for _ in range(ROUNDS - 1):
-            comb /= tl.sum(comb, axis=2, keep_dims=True) + eps
-            comb /= tl.sum(comb, axis=1, keep_dims=True) + eps
-        tl.store(comb_ptr + tokens[:, None, None] * (S * S) + place, comb, mask=valid)
+            comb = _normalized(_normalized(comb, eps, S, S, 1), eps, S, 1, S)
+        for place in tl.static_range(S * S):
+            tl.store(comb_ptr + tokens * (S * S) + place, comb[place], mask=inside)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -343,7 +296,6 @@ def hyper_connection_in_fwd_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_COEFFICIENTS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SPAN: tl.constexpr,
 ):
@@ -362,5 +314,5 @@ def hyper_connection_in_fwd_kernel(
         tokens = first + tl.arange(0, BLOCK_COEFFICIENTS)
         _coefficients(
             tokens, partial_ptr, base_ptr, scale_ptr, post_ptr, comb_ptr, mixes_ptr, inverse_rms_ptr, T, eps, rms_eps,
-            ROUNDS, S, D, ROWS, PARTS, GROUP, BLOCK_ROWS, BLOCK_S,
+            ROUNDS, S, D, ROWS, PARTS, GROUP, BLOCK_ROWS,
         )  # fmt: skip

@@ -4,11 +4,10 @@ Bytes are the floor. With S D values in a token's streams, 32 KiB at S = 4, D = 
 FLOPs for each value, and everything else a few more; tensor cores do some 500 in the time that it takes to read one. So
 what counts is how often the streams cross the memory bus:
 
-    mix_in       forward    X read twice, y written                the collapse needs pre, which needs all of X
-    mix_through  forward    X, out, X' read, X', y written         projects X' before it leaves the registers
-    mix_out      forward    X, out read, X' written
-    mix_in       backward   X, dy read twice, dX read, dX written  dpre first, which needs all of X
-    mix_out      backward   X, out, dX' read, dX, dout written
+    mix_in   forward    X read twice, y written                     the collapse needs pre, which needs all of X
+    mix_out  forward    X, out read, X' written
+    mix_in   backward   X, dy read twice, dX so far read, dX written      dpre first, which needs all of X
+    mix_out  backward   X, out, dX' read, dX, dout written
 
 In `mix_in`, holding a token between the two reads is not possible: `fn` is 24 rows as long as the token, so tokens have
 to share each piece of it, 64 or more at a time, and 64 tokens are ten times the memory of a multiprocessor. What the
@@ -17,18 +16,20 @@ last to first, and the collapse again from first to last, so that each begins wi
 
 Into a sublayer there are two steps:
 
-- the projection, alone or behind the way out of the sublayer before, leaves 24 partial products and a partial sum of
-  squares for each token and each slice of its streams. Few tokens need many programs, one for each slice; many tokens
-  have one program do several. Slices add up in the same order either way, so that a token's result does not depend on
-  how many tokens come along;
+- the projection leaves 24 partial products and a partial sum of squares for each token and each slice of its streams.
+  Few tokens need many programs, one for each slice; many tokens have one program do several. Slices add up in the same
+  order either way, so that a token's result does not depend on how many tokens come along;
 - the collapse adds those up and reads the streams; other programs of the same launch make post and comb meanwhile.
 
 The head of the network is a `mix_in` of which only pre and y are wanted; fn has S rows there.
 
-Products are as exact as in FP32. fn is an FP32 parameter; against bfloat16 streams it is three bfloat16 terms whose sum
-it is. In the projection they stand one below the other, 96 rows for the tensor cores instead of 24, cut beforehand when
-many tokens are to come. `mix_through` in the backward is that of `mix_in`, then that of `mix_out`: in one kernel, which
-would save one trip of the streams, the S + S x S sums over a token's columns cost more than the trip.
+Products are as exact as in FP32. fn is an FP32 parameter; against bfloat16 streams it is split into three bfloat16
+terms whose sum it is, for three passes of the tensor cores: a quarter of the time of FP32 arithmetic. When many tokens
+are to come, it is split beforehand.
+
+Not worth it, as measured: the projection of X' within `mix_out`, and in the backward `mix_out` within the `mix_in` that
+follows it. Each would save a trip of the streams; the products, and the S + S x S sums over a token's columns, cost a
+program more registers and barriers than the trip takes.
 
 Sums over tokens (gradients of fn, base, scale) go through partial sums of fixed runs of tokens, added in order.
 """
@@ -46,17 +47,16 @@ from torch.autograd.function import once_differentiable
 from leadline.ops.hyper_connection.backward_kernels import (
     hyper_connection_coefficients_bwd_kernel,
     hyper_connection_dpre_bwd_kernel,
-    hyper_connection_fn_bwd_kernel,
     hyper_connection_gates_bwd_kernel,
     hyper_connection_in_bwd_kernel,
     hyper_connection_out_bwd_kernel,
+    hyper_connection_parameters_bwd_kernel,
 )
 from leadline.ops.hyper_connection.forward_kernels import (
     hyper_connection_in_fwd_kernel,
     hyper_connection_out_fwd_kernel,
     hyper_connection_projection_fwd_kernel,
     hyper_connection_terms_fwd_kernel,
-    hyper_connection_through_fwd_kernel,
 )
 from leadline.ops.opaque import opaque
 
@@ -72,14 +72,12 @@ class Tile:
 
 
 PROJECTION = Tile(128, 64, num_warps=8, num_stages=3)
-THROUGH = Tile(64, 32, num_warps=4, num_stages=2)
 COLLAPSE = Tile(2, 2048, num_warps=8, num_stages=1)
 IN_BACKWARD = Tile(16, 64, num_warps=4, num_stages=3)
 
 SLICE = 256  # values of a token's streams in one partial sum of the projection
 SLICES_TOGETHER = 16  # and as many of these are added up first
-SPAN = 256  # columns of every stream in a partial sum of the projection behind a way out
-TOKENS_PER_COEFFICIENTS = 32
+TOKENS_PER_COEFFICIENTS = 64
 TOKENS_PER_SUM = 2048  # tokens in one partial sum of the gradient of fn
 TOKENS_PER_GATE_SUM = 128  # and in one of the gradients of base and scale
 BLOCK_D = 1024
@@ -116,14 +114,22 @@ def _tile(x_TSD: Tensor, tile: Tile) -> Tile:
 def _project(x_TSD: Tensor, fn: Tensor) -> tuple[Tensor, int]:
     """(partial products and sums of squares, [parts, T, rows of a block]; how many of them to add up first)."""
     num_tokens, width, block_rows = x_TSD.shape[0], x_TSD.shape[1] * x_TSD.shape[2], _rows_of_block(len(fn))
+    terms = _terms(fn) if num_tokens >= MANY_TOKENS and x_TSD.dtype == torch.bfloat16 else None
     together = SLICES_TOGETHER if num_tokens >= VERY_MANY_TOKENS else 1
     parts = triton.cdiv(width, SLICE * together)
     partial = torch.empty(parts, num_tokens, block_rows, device=x_TSD.device)
     hyper_connection_projection_fwd_kernel[(parts, triton.cdiv(num_tokens, PROJECTION.tokens))](
-        x_TSD, fn, partial, num_tokens, width, len(fn), SLICE, together, PROJECTION.tokens, block_rows,
+        x_TSD, fn, terms, partial, num_tokens, width, len(fn), SLICE, together, PROJECTION.tokens, block_rows,
         PROJECTION.columns, num_warps=PROJECTION.num_warps, num_stages=PROJECTION.num_stages,
     )  # fmt: skip
     return partial, SLICES_TOGETHER // together
+
+
+def _terms(fn: Tensor) -> Tensor:
+    """Three bfloat16 arrays like fn, whose sum it is."""
+    terms = torch.empty(3, *fn.shape, dtype=torch.bfloat16, device=fn.device)
+    hyper_connection_terms_fwd_kernel[(triton.cdiv(fn.numel(), BLOCK_D),)](fn, terms, fn.numel(), BLOCK_D, num_warps=4)
+    return terms
 
 
 def _collapse(
@@ -143,8 +149,7 @@ def _collapse(
     hyper_connection_in_fwd_kernel[(programs, triton.cdiv(width, span))](
         x_TSD, partial, base, scale, y_TD, post_TS, comb_TSS, mixes, inverse_rms_T, num_tokens, eps, rms_eps, rounds,
         num_streams, width, rows, partial.shape[0], group, partial.shape[2],
-        COLLAPSE.tokens, TOKENS_PER_COEFFICIENTS, triton.next_power_of_2(num_streams), block_columns, span,
-        num_warps=COLLAPSE.num_warps,
+        COLLAPSE.tokens, TOKENS_PER_COEFFICIENTS, block_columns, span, num_warps=COLLAPSE.num_warps,
     )  # fmt: skip
     return y_TD, post_TS, comb_TSS, mixes, inverse_rms_T
 
@@ -186,37 +191,6 @@ def mix_out_forward(x_TSD: Tensor, out_TD: Tensor, post_TS: Tensor, comb_TSS: Te
     return mixed_TSD
 
 
-@opaque(lambda x_TSD, out, post, comb, fn, *_: (torch.empty_like(x_TSD), *_empty_coefficients(x_TSD, fn)))
-def mix_through_forward(
-    x_TSD: Tensor,
-    out_TD: Tensor,
-    post_TS: Tensor,
-    comb_TSS: Tensor,
-    fn: Tensor,
-    base: Tensor,
-    scale: Tensor,
-    rounds: int,
-    eps: float,
-    rms_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(mixed_TSD, y_TD, post_TS, comb_TSS, mixes, inverse_rms_T) for contiguous inputs, parameters in FP32."""
-    mixed_TSD, (num_tokens, num_streams, width) = torch.empty_like(x_TSD), x_TSD.shape
-    # Three terms of bfloat16 are as exact as FP32; a fourth makes a power of two.
-    num_terms, block_terms = (3, 4) if x_TSD.dtype == torch.bfloat16 else (1, 1)
-    block_rows, block_width, tile = _rows_of_block(len(fn)), 128, _tile(x_TSD, THROUGH)
-    terms = torch.empty(num_terms * block_rows, fn.shape[1], dtype=x_TSD.dtype, device=fn.device)
-    hyper_connection_terms_fwd_kernel[(triton.cdiv(fn.shape[1], block_width),)](
-        fn, terms, fn.shape[1], len(fn), num_terms, block_rows, block_width, num_warps=4
-    )
-    parts = triton.cdiv(width, SPAN)
-    partial = torch.empty(parts, num_tokens, block_rows, device=x_TSD.device)
-    hyper_connection_through_fwd_kernel[(parts, triton.cdiv(num_tokens, tile.tokens))](
-        x_TSD, out_TD, post_TS, comb_TSS, terms, mixed_TSD, partial, num_tokens, num_streams, width, len(fn), num_terms,
-        SPAN, tile.tokens, block_rows, block_terms, tile.columns, num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
-    return mixed_TSD, *_collapse(mixed_TSD, partial, 1, base, scale, rounds, eps, rms_eps)
-
-
 # -- backward ------------------------------------------------------------------------------------------------------
 
 
@@ -252,28 +226,36 @@ def _into_backward(
         x_TSD, fn, pre_TS, dprojection, pull_T, dy_TD, dpassed_TSD, parts, dx_TSD, num_tokens, num_streams, width, rows,
         TOKENS_PER_SUM, block_rows, tile.tokens, tile.columns, tile.num_stages, num_warps=tile.num_warps,
     )  # fmt: skip
-    return dx_TSD, _sum_of_fn(parts, fn), *_sums_of_gates(dlogits, mixes, scale, num_streams)
+    return dx_TSD, *_sums_over_tokens(parts, dlogits, mixes, parameters, num_streams)
 
 
-def _sum_of_fn(parts: Tensor, fn: Tensor) -> Tensor:
-    dfn, (sums, width, block_rows) = torch.empty_like(fn), parts.shape
-    hyper_connection_fn_bwd_kernel[(triton.cdiv(width, 128),)](
-        parts, dfn, sums, width, len(fn), block_rows, 128, num_warps=4
+def _sums_over_tokens(
+    fn_parts: Tensor, dlogits: Tensor, mixes: Tensor, parameters: tuple[Tensor, Tensor, Tensor], num_streams: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dfn, dbase, dscale), dfn from its sums over runs of tokens."""
+    (num_tokens, rows), (sums, width, block_rows) = mixes.shape, fn_parts.shape
+    gate_sums = triton.cdiv(num_tokens, TOKENS_PER_GATE_SUM)
+    gate_parts = torch.empty(gate_sums, 2, block_rows, device=mixes.device)
+    hyper_connection_gates_bwd_kernel[(gate_sums,)](
+        dlogits, mixes, gate_parts, num_tokens, num_streams, rows, block_rows, TOKENS_PER_GATE_SUM, num_warps=4
     )
-    return dfn
-
-
-def _sums_of_gates(dlogits: Tensor, mixes: Tensor, scale: Tensor, num_streams: int) -> tuple[Tensor, Tensor]:
-    """(dbase, dscale)."""
-    num_tokens, rows = mixes.shape
-    sums = triton.cdiv(num_tokens, TOKENS_PER_GATE_SUM)
-    parts = torch.empty(sums, rows + 3, device=mixes.device)
-    hyper_connection_gates_bwd_kernel[(sums,)](
-        dlogits, mixes, parts, num_tokens, num_streams, rows, triton.next_power_of_2(rows), TOKENS_PER_GATE_SUM,
+    dfn, dbase, dscale = (torch.empty_like(parameter) for parameter in parameters)
+    hyper_connection_parameters_bwd_kernel[(triton.cdiv(width, 128),)](
+        fn_parts,
+        gate_parts,
+        dfn,
+        dbase,
+        dscale,
+        sums,
+        gate_sums,
+        num_streams,
+        width,
+        rows,
+        block_rows,
+        128,
         num_warps=4,
-    )  # fmt: skip
-    dbase, dscale, _ = parts.sum(0).split([rows, len(scale), 3 - len(scale)])
-    return dbase.clone(), dscale.clone()
+    )
+    return dfn, dbase, dscale
 
 
 @opaque(lambda x_TSD, fn, base, scale, *_: tuple(torch.empty_like(x) for x in (x_TSD, fn, base, scale)))
@@ -365,40 +347,6 @@ class MixIn(torch.autograd.Function):
             x_TSD, *_wide(*parameters), mixes, inverse_rms_T, *_contiguous(*gradients), ctx.rounds, ctx.eps
         )
         return dx_TSD, *_narrow(dparameters, parameters), None, None, None
-
-
-class MixThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_TSD: Tensor,
-        out_TD: Tensor,
-        post_TS: Tensor,
-        comb_TSS: Tensor,
-        fn: Tensor,
-        base: Tensor,
-        scale: Tensor,
-        rounds: int,
-        eps: float,
-        rms_eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        sublayer = _contiguous(x_TSD, out_TD, post_TS, comb_TSS)
-        mixed_TSD, *found = mix_through_forward(*sublayer, *_wide(fn, base, scale), rounds, eps, rms_eps)
-        y_TD, post_TS, comb_TSS, *saved = found
-        ctx.save_for_backward(*sublayer, mixed_TSD, fn, base, scale, *saved)
-        ctx.rounds, ctx.eps = rounds, eps
-        return mixed_TSD, y_TD, post_TS, comb_TSS
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        *sublayer, mixed_TSD, fn, base, scale, mixes, inverse_rms_T = ctx.saved_tensors
-        parameters = fn, base, scale
-        dmixed_TSD, *dparameters = mix_in_backward(
-            mixed_TSD, *_wide(*parameters), mixes, inverse_rms_T, *_contiguous(*gradients), ctx.rounds, ctx.eps
-        )
-        dsublayer = mix_out_backward(*sublayer, dmixed_TSD)
-        return *dsublayer, *_narrow(dparameters, parameters), None, None, None
 
 
 class MixOut(torch.autograd.Function):

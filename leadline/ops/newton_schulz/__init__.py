@@ -17,7 +17,7 @@ def newton_schulz(x_BNM: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     and twice with (2, -1.5, 0.5).
 
     x_BNM: B matrices of N rows and M columns (letters of this op alone), any float dtype. dtype: that of the
-    multiplications, where None means bfloat16 on CUDA and float32 (float64 for float64 input) elsewhere; the report
+    multiplications, where None means float64 for float64 input, else bfloat16 on CUDA and float32 elsewhere; the report
     finds bfloat16 sufficient. Sums are FP32 or wider, and every product is rounded to dtype. The norm is always taken
     in at least float32, after division by the largest element, so neither tiny nor huge matrices lose their direction.
     Returns [B, N, M] in the dtype of x; x is not changed.
@@ -29,7 +29,8 @@ def newton_schulz(x_BNM: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if x_BNM.ndim != 3 or 0 in x_BNM.shape[1:] or not x_BNM.is_floating_point():
         raise ValueError(f"newton_schulz takes float matrices [B, N, M], got {x_BNM.dtype} {tuple(x_BNM.shape)}")
     if dtype is None:
-        dtype = torch.bfloat16 if x_BNM.is_cuda else torch.promote_types(x_BNM.dtype, torch.float32)
+        fast = torch.bfloat16 if x_BNM.is_cuda else torch.float32
+        dtype = torch.float64 if x_BNM.dtype == torch.float64 else fast
     if use_kernel("newton_schulz", x_BNM):
         from leadline.ops.newton_schulz import kernel
 

@@ -34,7 +34,7 @@ from leadline.ops.newton_schulz.reference import COEFFICIENTS
 from leadline.ops.opaque import opaque
 
 ALIGNMENT = 8  # columns: rows begin at multiples of 16 bytes
-VALUES_PER_PART = 65536  # of a matrix, in one partial sum of its norm
+VALUES_PER_PART = 16384  # of a matrix, in one partial sum of its norm
 NORM_BLOCK = 4096
 SCALE_BLOCK = 64
 

@@ -23,7 +23,7 @@ def _newton_schulz() -> Case:
         "newton_schulz",
         f"{steps} steps, {matrices} x {rows} x {columns}",
         inputs,
-        lambda x: newton_schulz(x, torch.bfloat16 if x.dtype == torch.float32 else None),
+        lambda x: newton_schulz(x, torch.bfloat16 if x.dtype == torch.float32 else torch.float64),
         Cost(matrices * steps * step, 2 * matrices * rows * columns * FP32),
         None,
         ceiling="matmul",
