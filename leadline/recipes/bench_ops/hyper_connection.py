@@ -85,7 +85,7 @@ def _both_sublayers() -> Case:
         ),
         # The streams are rounded in between, which moves everything behind.
         tolerance=1e-2,
-        fp32_tolerance=1e-2,
+        fp32_tolerance=3e-2,
     )
 
 
