@@ -79,7 +79,7 @@ LOOK_UP = gl.constexpr("""{
 
 
 @gluon.jit
-def _entry(tiles, number, max_tiles, O, HEIGHT: gl.constexpr):
+def _entry(tiles, number, max_tiles, O, HEIGHT: gl.constexpr):  # noqa: E741
     """Fields of the list of tiles for tile `number` of the product; of a grouped product alone."""
     if tiles is None:
         return 0, 0, 0, 0
@@ -89,7 +89,7 @@ def _entry(tiles, number, max_tiles, O, HEIGHT: gl.constexpr):
 
 
 @gluon.jit
-def _number_of_tiles(tiles, max_tiles, O, HEIGHT: gl.constexpr):
+def _number_of_tiles(tiles, max_tiles, O, HEIGHT: gl.constexpr):  # noqa: E741
     if tiles is None:
         return max_tiles * (O // HEIGHT)
     else:
@@ -97,7 +97,7 @@ def _number_of_tiles(tiles, max_tiles, O, HEIGHT: gl.constexpr):
 
 
 @gluon.jit
-def _tile(entry, tiles, number, max_tiles, T, O, TOKENS: gl.constexpr, HEIGHT: gl.constexpr):
+def _tile(entry, tiles, number, max_tiles, T, O, TOKENS: gl.constexpr, HEIGHT: gl.constexpr):  # noqa: E741
     """Where a tile is: first row of the weight in its stack, first row of the tile in its matrix, first token, and the
     tokens begin .. end - 1 that are stored."""
     rows = O // HEIGHT
@@ -117,7 +117,7 @@ def _tile(entry, tiles, number, max_tiles, T, O, TOKENS: gl.constexpr, HEIGHT: g
 
 @gluon.jit
 def _copy(
-    weight, x, x_scale, w_tiles, x_tiles, scale_tiles, full, empty, tiles, max_tiles, T, stride, O, N,
+    weight, x, x_scale, w_tiles, x_tiles, scale_tiles, full, empty, tiles, max_tiles, T, stride, O, N,  # noqa: E741
     TOKENS: gl.constexpr, HEIGHT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Fill the buffers, slab after slab and tile after tile, as they become free."""
@@ -170,7 +170,7 @@ def _codes(pairs, sub_scale, block_scale, OPERAND: gl.constexpr):
 
 @gluon.jit
 def _multiply(
-    y, w_scale, sub_scale, w_tiles, x_tiles, scale_tiles, full, empty, tiles, max_tiles, T, O, N,
+    y, w_scale, sub_scale, w_tiles, x_tiles, scale_tiles, full, empty, tiles, max_tiles, T, O, N,  # noqa: E741
     GROUP: gl.constexpr, TOKENS: gl.constexpr, HEIGHT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Rows 64 GROUP .. 64 GROUP + 63 of every tile."""
@@ -240,7 +240,7 @@ def _add(sums, a, x_tile, scale_tile, w_scale, START: gl.constexpr, CHUNK: gl.co
 
 
 @gluon.jit
-def _store(y, sums, o, t, begin, end, O, OUT: gl.constexpr):
+def _store(y, sums, o, t, begin, end, O, OUT: gl.constexpr):  # noqa: E741
     values = gl.convert_layout(sums.to(y.dtype.element_ty), OUT)
     pointers = y + t.to(gl.int64)[None, :] * O + o[:, None]
     gl.store(pointers, values, mask=((t >= begin) & (t < end))[None, :])
@@ -248,7 +248,7 @@ def _store(y, sums, o, t, begin, end, O, OUT: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["max_tiles", "T", "stride"])
 def quantized_linear_fwd_hopper_kernel(
-    weight, x, x_scale, y, w_scale, sub_scale, tiles, max_tiles, T, stride, O, N,
+    weight, x, x_scale, y, w_scale, sub_scale, tiles, max_tiles, T, stride, O, N,  # noqa: E741
     TOKENS: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """y [T, O] = x W^T. weight, x, x_scale: descriptors of the codes of the weight [E O, N] or their pairs

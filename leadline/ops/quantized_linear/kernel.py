@@ -134,7 +134,7 @@ def _e8m0_value(scale):
 @triton.jit
 def quantized_linear_fwd_kernel(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, sub_scale_ptr, tiles_ptr, y_ptr, num_rows, stride,
-    O: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr, BLOCK_O: tl.constexpr, DOT: tl.constexpr,
+    O: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr, BLOCK_O: tl.constexpr, DOT: tl.constexpr,  # noqa: E741
 ):  # fmt: skip
     """y [T, O] = x W^T of a tile. DOT: dtype of the products, BF16 or, for the interpreter, FP32."""
     blocks = tl.cdiv(O, BLOCK_O)
