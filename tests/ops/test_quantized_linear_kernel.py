@@ -50,7 +50,7 @@ def close(found: Tensor, wanted: Tensor, bound: float = 1e-6) -> bool:
 @pytest.mark.usefixtures("loops_to_scalars")
 @pytest.mark.parametrize("width", [32, 128, 160, 1000])
 def test_activations_become_the_codes_of_the_format(width: int) -> None:
-    from leadline.ops.quantized_linear.kernel import round_activations
+    from leadline.ops.quantized_linear.round_kernel import round_activations
 
     x = torch.randn(9, width) * torch.logspace(-9, 6, width)
     x[1, : width // 2] = 0
@@ -70,7 +70,7 @@ def test_activations_become_the_codes_of_the_format(width: int) -> None:
 @pytest.mark.usefixtures("loops_to_scalars")
 def test_every_code_and_tie() -> None:
     """Groups led by 448 have scale 1: all values of the format, and all middles between two of them."""
-    from leadline.ops.quantized_linear.kernel import round_activations
+    from leadline.ops.quantized_linear.round_kernel import round_activations
 
     finite = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     x = torch.stack([finite, (finite + finite.roll(-1)) / 2])
@@ -86,7 +86,7 @@ def test_every_code_and_tie() -> None:
 @pytest.mark.parametrize("tokens", [16, 32])
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
 def test_tiles_cover_every_row_once(counts: list[int], tokens: int) -> None:
-    from leadline.ops.quantized_linear.kernel import round_activations
+    from leadline.ops.quantized_linear.round_kernel import round_activations
 
     rounded = round_activations(torch.randn(sum(counts), 128), torch.tensor(counts), tokens, False)
     assert rounded.tiles is not None

@@ -14,7 +14,7 @@ few, O N for FP8 and 17 / 32 of it for FP4. A program therefore is a pipeline of
   which is why tiles have two groups where there are enough of them; for few tokens one group makes twice the programs.
 
 Programs are persistent: each takes every so-manyth tile, and the copies for its next tile begin while it stores the
-last one. In a grouped product the kernel that rounds the activations (`kernel.py`) lists the tiles, because only
+last one. In a grouped product the kernel that rounds the activations (`round_kernel.py`) lists the tiles, because only
 the device knows how many rows an expert has.
 
 An FP4 weight comes as bytes and is turned into E4M3 in registers. Eight codes of a sub-block are looked up in a table
@@ -41,7 +41,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from leadline.ops.quantized_linear.kernel import Activations, Weight
+from leadline.ops.quantized_linear.round_kernel import Activations, Weight
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # as Triton 3.6 calls it
 
@@ -153,7 +153,7 @@ def _scale(scale, at):
 @gluon.jit
 def _codes(pairs, sub_scale, block_scale, OPERAND: gl.constexpr):
     """E4M3 codes [64, 128] of a slab of FP4, [64, 64] in shared memory, in the order of columns that `_place` in
-    `kernel.py` gives the activations. sub_scale: E8M0 [64, 4]."""
+    `round_kernel.py` gives the activations. sub_scale: E8M0 [64, 4]."""
     words = pairs.load(WORDS)
     # 6 is the headroom of the block scale. Sub-blocks of zeros may have any scale.
     difference = (block_scale.to(gl.int32, bitcast=True) >> 23) + 6 - sub_scale.to(gl.int32)
@@ -253,9 +253,8 @@ def quantized_linear_fwd_hopper_kernel(
 ):  # fmt: skip
     """y [T, O] = x W^T. weight, x, x_scale: descriptors of the codes of the weight [E O, N] or their pairs
     [E O, N / 2], of the activations [T, N] and of their scales, one row of `stride` for each slab. w_scale: of the
-    blocks, float32 or E8M0. sub_scale: E8M0 bytes [E O, N / 32] of an FP4 weight, or None. tiles: the
-    list of a grouped product (`kernel.py`), or None; at most, or exactly, `max_tiles` of TOKENS tokens. GROUPS: warp
-    groups of 64 rows."""
+    blocks, float32 or E8M0. sub_scale: E8M0 bytes [E O, N / 32] of an FP4 weight, or None. tiles: the list of a grouped
+    product (`round_kernel.py`), or None; at most, or exactly, `max_tiles` of TOKENS tokens. GROUPS: warp groups."""
     HEIGHT: gl.constexpr = ROWS * GROUPS
     w_tiles = gl.allocate_shared_memory(weight.dtype, [STAGES, HEIGHT, weight.block_shape[1]], weight.layout)
     x_tiles = gl.allocate_shared_memory(x.dtype, [STAGES, TOKENS, SLAB], x.layout)
