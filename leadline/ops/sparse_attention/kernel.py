@@ -496,9 +496,10 @@ def picks_of_entries(first_entry_T: Tensor, picked_TM: Tensor, num_entries: int,
 def add_picks(rows_tMBK: Tensor, inverse: Inverse, sums_CK: Tensor) -> None:
     """Add to each entry's sum, FP32, the rows of its picks: what each of B blocks of heads contributes."""
     _, _, blocks, width = rows_tMBK.shape
+    columns = _power_of_two(width)
     sparse_attention_bwd_picks_kernel[(len(sums_CK),)](
         rows_tMBK, *inverse, sums_CK,
-        K=width, BLOCKS=blocks, WIDTH=_power_of_two(width), ROWS=16, STAGES=3, num_warps=4,
+        K=width, BLOCKS=blocks, WIDTH=columns, ROWS=max(16, 8192 // columns), STAGES=3, num_warps=4,
     )  # fmt: skip
 
 
