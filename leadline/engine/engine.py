@@ -90,6 +90,8 @@ class Engine:
         self._usage: dict[int, Usage] = {}
         self._events: list[Event] = []
         self._next_number = 0
+        self.num_preempted = 0
+        """How often a sequence had to give up its state and compute it again."""
 
     # -- requests come and go --------------------------------------------------------------------------------------
 
@@ -291,6 +293,7 @@ class Engine:
         self.memory.release(sequence)
         self.running.remove(sequence)
         self.waiting.append(sequence)
+        self.num_preempted += 1
 
     def _end(self, sequence: Sequence, finish: Finish, error: str | None = None) -> None:
         self.memory.release(sequence)
