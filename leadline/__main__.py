@@ -21,10 +21,14 @@ VERBS = {
     "train": "leadline.recipes.train",
     "plan": "leadline.recipes.plan",
     "generate": "leadline.recipes.generate",
+    "serve": "leadline.recipes.serve",
     "verify": "leadline.recipes.verify",
     "weights": "leadline.recipes.weights",
     "bench": "leadline.recipes.bench",
 }
+
+# Verbs that need more than a plain installation: the extra that brings it.
+EXTRAS = {"serve": "serve"}
 
 HELP_WORDS = ("-h", "--help", "help")
 USAGE_STATUS = 2
@@ -57,6 +61,11 @@ def run(verb: str, arguments: list[str]) -> int:
         return importlib.import_module(VERBS[verb]).main(arguments)
     except KeyboardInterrupt:
         return INTERRUPTED_STATUS
+    except ModuleNotFoundError as error:
+        if verb not in EXTRAS or (error.name or "leadline").startswith("leadline"):
+            raise
+        print(f"leadline {verb}: needs {error.name}; pip install 'leadline[{EXTRAS[verb]}]'", file=sys.stderr)
+        return 1
     except ValueError as error:
         # The project's own error types speak to the user; any other ValueError is a bug and keeps its traceback.
         if not type(error).__module__.startswith("leadline."):

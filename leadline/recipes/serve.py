@@ -1,0 +1,155 @@
+"""Serve a checkpoint over HTTP, to clients of OpenAI's and Anthropic's protocols.
+
+usage: leadline serve CHECKPOINT [host=127.0.0.1] [port=8000] [key=value ...] [--show]
+
+CHECKPOINT is a folder in the official or transformers' layout with a tokenizer.json. Point a client at
+http://127.0.0.1:8000/v1 and any API key. Ctrl-C or SIGTERM lets running answers finish, for at most `grace` seconds.
+
+  host=ADDRESS      0.0.0.0 lets the network in: set keys then
+  api_key_file=FILE one key on each line; each has a prefix cache of its own
+  name=NAME         of the model, default: the folder's; aliases=A,B are accepted too, * is any
+  mode=high         non-think, low, high or max, for requests that do not say
+  release=preview   preview or 0731: which modes there are
+  slots=8           answers at once                   queue=64          requests that wait beyond them
+  context=128K      most tokens, prompt and answer    pages=N           of 128 tokens, for all; default: slots x context
+  step_tokens=512   tokens per forward pass           speculate=yes     guess with the MTP block
+  cache=FORMAT      exact, served or packed           dtype=KIND        file, float32, bfloat16 or float16
+  device=NAME       cpu, cuda; default: the GPU if there is one
+  body_mib=32       most of a request                 origins=URL,URL   web pages that may call the server
+  log_prompts=no    prompts are logged only if asked  allow_short_max=no   mode max with less than 384K of context
+
+  leadline serve runs/demo/checkpoint port=8080
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import uvicorn
+from rich.console import Console
+
+from leadline.cli import UsageError, resolve, show
+from leadline.engine.engine import Engine, Settings
+from leadline.engine.pages import pages_for
+from leadline.model.cache_format import CACHE_FORMATS
+from leadline.model.page_table import PAGE_TOKENS
+from leadline.model.transformer import Transformer
+from leadline.serve.app import create_app
+from leadline.serve.limits import Keys, Limits
+from leadline.serve.service import Policy, Service
+from leadline.text.chat import Mode, Release
+from leadline.text.tokenizer import Tokenizer
+from leadline.weights.load import load_checkpoint
+
+DTYPES = {"file": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line may set."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key_file: Path | None = None
+    name: str = ""
+    aliases: tuple[str, ...] = ()
+    mode: Mode = "high"
+    release: Release = "preview"
+    slots: int = 8
+    queue: int = 64
+    context: int = 8192
+    pages: int = 0
+    step_tokens: int = 512
+    speculate: bool = False
+    cache: Literal["exact", "served", "packed"] = "exact"
+    dtype: Literal["file", "float32", "bfloat16", "float16"] = "file"
+    device: str = "auto"
+    body_mib: int = 32
+    origins: tuple[str, ...] = ()
+    log_prompts: bool = False
+    allow_short_max: bool = False
+    grace: int = 60
+
+
+def main(arguments: list[str]) -> int:
+    words = [word for word in arguments if not word.startswith("--") and "=" not in word]
+    options, wants_show = resolve(Options(), [word for word in arguments if word not in words])
+    if wants_show:
+        print(show(options))
+        return 0
+    if len(words) != 1:
+        raise UsageError(f"expected one checkpoint folder, found {len(words)} of them: {' '.join(words)}")
+    folder = Path(words[0])
+    keys = Keys.from_file(options.api_key_file) if options.api_key_file else Keys([])
+    console = Console(stderr=True)
+    if not keys.needed and not is_loopback(options.host):
+        console.print(
+            f"warning: {options.host} is open to the network and there are no API keys; set api_key_file=FILE"
+        )
+    service = build(folder, options, keys)
+    hosts = [options.host, "localhost"] if is_loopback(options.host) else []
+    app = create_app(service, origins=options.origins, hosts=hosts)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    with bound(options.host, options.port) as listening:
+        host, port = listening.getsockname()[:2]
+        console.print(f"serving {service.policy.name} at http://{host}:{port}/v1", highlight=False)
+        server = uvicorn.Server(
+            uvicorn.Config(app, timeout_graceful_shutdown=options.grace, server_header=False, log_level="info")
+        )
+        server.run(sockets=[listening])
+    return 0
+
+
+def build(folder: Path, options: Options, keys: Keys) -> Service:
+    """Load a checkpoint and put an engine around it."""
+    tokenizer = Tokenizer.load(folder)
+    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_checkpoint(folder, device, DTYPES[options.dtype], with_mtp=options.speculate)
+    model.cache_format = CACHE_FORMATS[options.cache]
+    policy = Policy(
+        options.name or folder.resolve().name,
+        options.aliases,
+        options.release,
+        options.mode,
+        options.allow_short_max,
+        options.log_prompts,
+        Limits(body_bytes=options.body_mib * 2**20, queue=options.queue),
+    )
+    return Service(engine_of(model, options), tokenizer, policy, keys)
+
+
+def engine_of(model: Transformer, options: Options) -> Engine:
+    context = min(options.context, model.config.max_position_embeddings)
+    pages = options.pages or options.slots * pages_for(context + 1, PAGE_TOKENS)
+    return Engine(
+        model,
+        Settings(
+            slots=options.slots,
+            pages=pages,
+            max_tokens=context,
+            step_tokens=options.step_tokens,
+            speculate=options.speculate,
+        ),
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only programs on this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that listens; before anything says that it does."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UsageError(f"{host}:{port}: {error.strerror or error}; choose another with host= or port=") from None

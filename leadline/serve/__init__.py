@@ -1,0 +1,1 @@
+"""Serving: a checkpoint behind the HTTP interfaces that clients already speak."""

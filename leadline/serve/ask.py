@@ -1,0 +1,310 @@
+"""Ask: what any of the protocols boils down to, and how it becomes requests to the engine.
+
+Four protocols ask for the same few things in different words. Each is translated to an `Ask`, and from there on there
+is one path: the conversation is rendered, forms are compiled, limits are checked, and each wanted answer becomes one
+request to the engine and a `Reply` that reads it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+from leadline.engine.request import LIKE_THE_MODEL, Request, RequestError, Sampling, ThinkingBudget, TokenMask
+from leadline.serve.fields import Sampled
+from leadline.serve.grammar import Format, GrammarError, any_object_form, either, json_form
+from leadline.serve.limits import Refused
+from leadline.serve.reply import PlainText, Reply
+from leadline.serve.service import MAX_NEEDS_TOKENS, Service
+from leadline.text.chat import EFFORT, Mode, Prompt, render, with_response_format, with_tools
+from leadline.text.messages import ChatError
+from leadline.text.parse import TokenParser
+from leadline.text.tokenizer import TokenizerError
+from leadline.text.tools import DSML, THINK_END
+
+_Value = TypeVar("_Value")
+
+_LOG = logging.getLogger("leadline.serve")
+
+_TOOL_NAME = re.compile(r"[\w.-]{1,128}", re.ASCII)
+_MOST_STOPS, _LONGEST_STOP = 16, 512
+
+# Names of effort that other vendors' clients send.
+_EFFORTS: Mapping[str, Mode] = {
+    "none": "non-think",
+    "minimal": "low",
+    "low": "low",
+    "medium": "high",
+    "high": "high",
+    "xhigh": "high",
+    "max": "max",
+    "ultra": "max",
+}
+
+
+@dataclass(frozen=True)
+class ToolChoice:
+    """Whether the model may or must call tools. names: only these may be called; None: any."""
+
+    kind: Literal["auto", "none", "required"] = "auto"
+    names: tuple[str, ...] | None = None
+
+
+AUTO = ToolChoice()
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A conversation that wants an answer, or `choices` of them.
+
+    tools: in OpenAI's form. parallel: whether one answer may hold several calls. response_format: in OpenAI's form.
+    budget: most tokens of thinking. stop: texts that end the answer. max_tokens: thinking included.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    mode: Mode
+    sampling: Sampling = LIKE_THE_MODEL
+    max_tokens: int | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
+    tool_choice: ToolChoice = AUTO
+    parallel: bool = True
+    response_format: Mapping[str, Any] | None = None
+    budget: int | None = None
+    stop: tuple[str, ...] = ()
+    choices: int = 1
+
+
+# -- what clients say, in our words -------------------------------------------------------------------------------
+
+
+def mode_of(service: Service, effort: str | None, enabled: bool | None) -> Mode:
+    """The mode of a request. effort: as a client calls it; enabled: whether it asks for thinking. Raises Refused."""
+    policy = service.policy
+    if enabled is False:
+        return "non-think"
+    mode = policy.mode
+    if effort is not None:
+        if effort not in _EFFORTS:
+            raise Refused(
+                400,
+                f"reasoning_effort {effort!r} is unknown; use one of {', '.join(_EFFORTS)}",
+                param="reasoning_effort",
+            )
+        mode = _EFFORTS[effort]
+    elif enabled and mode == "non-think":
+        mode = "high"
+    if mode not in EFFORT[policy.release]:
+        mode = "high"  # the preview has no low
+    if mode == "max" and service.context_tokens < MAX_NEEDS_TOKENS and not policy.allow_short_max:
+        raise Refused(
+            400,
+            f"thinking with effort max needs a context of {MAX_NEEDS_TOKENS:,} tokens, this server has "
+            f"{service.context_tokens:,}; ask for high, or start the server with allow_short_max=yes",
+            code="context_too_short",
+            param="reasoning_effort",
+        )
+    return mode
+
+
+def sampling_of(service: Service, body: Sampled, logprobs: int | None) -> Sampling:
+    """How the tokens of an answer are drawn; without a seed, by one that nobody can guess. Raises Refused."""
+    wrong = next((token for token in body.logit_bias or () if not 0 <= token < service.vocab_size), None)
+    if wrong is not None:
+        raise Refused(
+            400, f"logit_bias: {wrong} is no token; ids go from 0 to {service.vocab_size - 1}", param="logit_bias"
+        )
+    try:
+        return Sampling(
+            _given(body.temperature, 1.0),
+            _given(body.top_p, 1.0),
+            max(_given(body.top_k, 0), 0),  # for vLLM, -1 is all
+            _given(body.min_p, 0.0),
+            _given(body.repetition_penalty, 1.0),
+            _given(body.presence_penalty, 0.0),
+            _given(body.frequency_penalty, 0.0),
+            body.logit_bias or {},
+            secrets.randbits(62) if body.seed is None else body.seed,
+            logprobs,
+        )
+    except RequestError as error:
+        raise Refused(400, str(error), param=str(error).split(" ", 1)[0]) from None
+
+
+def _given(value: _Value | None, default: _Value) -> _Value:
+    return default if value is None else value
+
+
+def stops_of(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Stop texts. Raises Refused."""
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if len(stops) > _MOST_STOPS or any(not 0 < len(each) <= _LONGEST_STOP for each in stops):
+        raise Refused(400, f"stop: give at most {_MOST_STOPS} texts of 1 to {_LONGEST_STOP} characters", param="stop")
+    return stops
+
+
+# -- from the ask to the engine -------------------------------------------------------------------------------------
+
+
+async def open_replies(service: Service, ask: Ask, namespace: str) -> list[Reply]:
+    """Submit an ask; one reply for each choice, of which the caller reads or closes all. Raises Refused."""
+    _require_choices(service, ask.choices)
+    service.require_room(ask.choices)
+    prompt, ids = await asyncio.to_thread(encoded, service, ask)
+    opens = prompt.opens
+    if opens is None:
+        raise Refused(400, "the conversation asks for no answer; end it with a user or tool message", param="messages")
+    thinking = opens == "reasoning"
+    form = _form(service, ask)
+    grammar = None
+    if form is not None:
+        try:
+            grammar = await asyncio.to_thread(service.grammars.compile, form)
+        except GrammarError as error:
+            raise Refused(400, str(error), param="response_format" if ask.response_format else "tools") from None
+    sampling = ask.sampling
+    if ask.tool_choice.kind == "none" or not ask.tools:  # no markup of calls where nobody expects a call
+        sampling = replace(
+            sampling, logit_bias={**sampling.logit_bias, service.tokenizer.token_id(DSML): float("-inf")}
+        )
+    think_end = service.tokenizer.token_id(THINK_END)
+    budget = ThinkingBudget(ask.budget, think_end) if thinking and ask.budget is not None else None
+    replies: list[Reply] = []
+    require_room_for_prompt(service, len(ids))
+    service.require_room(ask.choices)  # others may have come while this was being prepared
+    for choice in range(ask.choices):
+        request = Request(
+            tuple(ids),
+            ask.max_tokens or _default_max_tokens(service, len(ids)),
+            replace(sampling, seed=sampling.seed + choice),
+            frozenset({service.tokenizer.eos_id}),
+            thinking=budget,
+            mask=service.grammars.mask(grammar, thinking) if grammar else _plain_mask(service),
+            namespace=namespace,
+        )
+        parser = TokenParser(service.tokenizer, opens)
+        one_call = not ask.parallel
+        replies.append(Reply(service, request, parser, mode=ask.mode, opens=opens, stop=ask.stop, one_call=one_call))
+    if service.policy.log_prompts:
+        _LOG.info("prompt: %s", json.dumps(prompt.text, ensure_ascii=False))
+    return replies
+
+
+def encoded(service: Service, ask: Ask) -> tuple[Prompt, list[int]]:
+    """The prompt of an ask, and its ids. Takes long for a long one: not for the event loop. Raises Refused."""
+    try:
+        messages = with_tools(ask.messages, _checked_tools(ask))
+        if ask.response_format is not None:
+            messages = with_response_format(messages, ask.response_format)
+        prompt = render(messages, ask.mode, service.policy.release)
+        return prompt, prompt.ids(service.tokenizer)
+    except (ChatError, TokenizerError) as error:
+        raise Refused(400, str(error), param="messages") from None
+
+
+def open_completion(
+    service: Service,
+    ids: Sequence[int],
+    sampling: Sampling,
+    max_tokens: int | None,
+    stop: tuple[str, ...],
+    namespace: str,
+) -> Reply:
+    """Submit a prompt without a conversation; its reply is plain text. The caller has checked the ids and
+    made sure of room."""
+    request = Request(
+        tuple(ids),
+        max_tokens or _default_max_tokens(service, len(ids)),
+        sampling,
+        frozenset({service.tokenizer.eos_id}),
+        mask=_plain_mask(service),
+        namespace=namespace,
+    )
+    return Reply(service, request, PlainText(service.tokenizer), mode="non-think", opens="content", stop=stop)
+
+
+def require_ids(service: Service, ids: Sequence[int]) -> None:
+    """Raises Refused for ids that the model does not know, and for a prompt without any."""
+    if not ids:
+        raise Refused(400, "the prompt is empty; give at least one token", param="prompt")
+    wrong = next((id for id in ids if not 0 <= id < service.vocab_size), None)
+    if wrong is not None:
+        raise Refused(400, f"{wrong} is no token; ids go from 0 to {service.vocab_size - 1}", param="prompt")
+    require_room_for_prompt(service, len(ids))
+
+
+def _plain_mask(service: Service) -> TokenMask | None:
+    return service.grammars.known_only() if service.grammars.has_unknown_ids else None
+
+
+def _require_choices(service: Service, choices: int) -> None:
+    if not 1 <= choices <= service.limits.choices:
+        raise Refused(400, f"n is {choices}: expected 1 to {service.limits.choices}", param="n")
+
+
+def require_room_for_prompt(service: Service, tokens: int) -> None:
+    if tokens >= service.context_tokens:
+        raise Refused(
+            400,
+            f"the prompt has {tokens:,} tokens, this server's context is {service.context_tokens:,}, answer included",
+            code="context_length_exceeded",
+            param="messages",
+        )
+
+
+def _default_max_tokens(service: Service, prompt_tokens: int) -> int:
+    rest = service.context_tokens - prompt_tokens
+    return min(rest, service.limits.output_tokens or rest)
+
+
+def _checked_tools(ask: Ask) -> Sequence[Mapping[str, Any]]:
+    names = [str(tool["function"].get("name", "")) for tool in ask.tools]
+    bad = next((name for name in names if not _TOOL_NAME.fullmatch(name)), None)
+    if bad is not None:
+        raise Refused(400, f"a tool is named {bad!r}; use 1 to 128 letters, digits, _, - and .", param="tools")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise Refused(400, f"two tools are named {twice!r}; give each a name of its own", param="tools")
+    unknown = next((name for name in ask.tool_choice.names or () if name not in names), None)
+    if unknown is not None:
+        raise Refused(400, f"tool_choice names {unknown!r}, which is none of the tools", param="tool_choice")
+    if ask.tool_choice.kind == "required" and not names:
+        raise Refused(400, "tool_choice asks for a call, but there are no tools", param="tool_choice")
+    return ask.tools
+
+
+def _form(service: Service, ask: Ask) -> Format | None:
+    """The form of the answer, if it has to have one: a call, a JSON value, or, where both are possible, either."""
+    schemas = [tool["function"].get("parameters") for tool in ask.tools] + [ask.response_format]
+    if len(json.dumps(schemas, default=str)) > service.limits.grammar_bytes and _needs_form(ask):
+        raise Refused(400, f"the schemas are longer than {service.limits.grammar_bytes:,} characters", param="tools")
+    value = _json_form(ask.response_format)
+    allowed = [
+        tool for tool in ask.tools if ask.tool_choice.names is None or tool["function"]["name"] in ask.tool_choice.names
+    ]
+    try:
+        if ask.tool_choice.kind == "required":
+            return service.grammars.calls(allowed, ask.parallel)
+        if value is None or ask.tool_choice.kind == "none" or not allowed:
+            return value
+        return either(value, service.grammars.calls(allowed, ask.parallel))
+    except GrammarError as error:
+        raise Refused(400, str(error), param="tools") from None
+    except RecursionError:
+        raise Refused(400, "the schema cannot be enforced: it refers to itself without end", param="tools") from None
+
+
+def _needs_form(ask: Ask) -> bool:
+    return ask.tool_choice.kind == "required" or _json_form(ask.response_format) is not None
+
+
+def _json_form(response_format: Mapping[str, Any] | None) -> Format | None:
+    kind = (response_format or {}).get("type")
+    if response_format is None or kind in (None, "text"):
+        return None
+    return any_object_form() if kind == "json_object" else json_form(response_format["json_schema"]["schema"])

@@ -1,0 +1,289 @@
+"""Reply: one answer on its way from the engine to a client.
+
+Tokens become events (reasoning, content, calls), stop texts cut the content, and tokens are counted by what they were
+for. However a client reads, streaming or all at once, it reads this one sequence of steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import logging
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from leadline.engine.request import Request
+from leadline.engine.sequence import Event as EngineEvent
+from leadline.engine.sequence import Finish, Token
+from leadline.serve.limits import Refused
+from leadline.serve.service import Service
+from leadline.text.chat import Mode, Section
+from leadline.text.events import CallBegin, CallEnd, ContentDelta, EndOfTurn, Event, ReasoningDelta, message_of
+from leadline.text.messages import Message
+from leadline.text.tokenizer import Tokenizer
+from leadline.text.tools import DSML, THINK_END
+
+_LOG = logging.getLogger("leadline.serve")
+
+
+@dataclass(frozen=True)
+class Said:
+    """A token of the text, with the part of the answer that it belongs to."""
+
+    token: Token
+    section: Section
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of the engine brought: events, and the tokens drawn, of which some text may still be held back."""
+
+    events: Sequence[Event]
+    said: Sequence[Said] = ()
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an answer ended, and what it took. stop: the stop text that ended it. budget: of the thinking, if any.
+    reasoning_tokens, cached_tokens: parts of the output and of the prompt."""
+
+    reason: Literal["stop", "length", "tool_calls"]
+    stop: str | None
+    mode: Mode
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    reasoning_tokens: int
+    budget: int | None
+
+
+class Parser(Protocol):
+    """Ids to events."""
+
+    def feed(self, ids: Iterable[int]) -> list[Event]: ...
+
+    def finish(self) -> list[Event]: ...
+
+
+class PlainText:
+    """The parser of an answer that is nothing but text: control tokens are left out."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._characters = codecs.getincrementaldecoder("utf8")("replace")
+
+    def feed(self, ids: Iterable[int]) -> list[Event]:
+        return self._content(b"".join(map(self._tokenizer.token_bytes, ids)), final=False)
+
+    def finish(self) -> list[Event]:
+        return self._content(b"", final=True)
+
+    def _content(self, data: bytes, *, final: bool) -> list[Event]:
+        text = self._characters.decode(data, final)
+        return [ContentDelta(text)] if text else []
+
+
+class StopTexts:
+    """Cuts content where a stop text begins, and holds back what may turn out to be the beginning of one."""
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = stops
+        self._held = ""
+        self.found: str | None = None
+
+    def feed(self, text: str) -> str:
+        """The part of the text so far that is safe to give out."""
+        text = self._held + text
+        places = [(text.find(stop), stop) for stop in self._stops if stop in text]
+        if places:
+            at, self.found = min(places)
+            self._held = ""
+            return text[:at]
+        held = max(
+            (size for stop in self._stops for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0
+        )
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def finish(self) -> str:
+        """What was held back; no stop text came of it."""
+        held, self._held = self._held, ""
+        return held
+
+
+class Reply:
+    """One answer. It is in the engine's queue from the moment it is made; whoever makes it reads or closes it.
+
+    one_call: the answer ends with its first call. The tokens of an answer that begins with thinking count as thinking
+    up to the token that ends it.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        request: Request,
+        parser: Parser,
+        *,
+        mode: Mode,
+        opens: Section,
+        stop: Sequence[str] = (),
+        one_call: bool = False,
+    ):
+        self._service, self._request, self._parser = service, request, parser
+        self._mode: Mode = mode
+        self._section: Section = opens
+        self._one_call = one_call
+        self._stops = StopTexts(stop)
+        self._think_end, self._dsml = (service.tokenizer.token_id(token) for token in (THINK_END, DSML))
+        self._output_tokens = self._reasoning_tokens = 0
+        self._has_calls = self._in_calls = self._cut = False
+        self._start = time.monotonic()
+        self._first: float | None = None
+        self.ending: Ending | None = None
+        """Known after the last step."""
+        self._stream = service.worker.submit(request)
+
+    async def steps(self) -> AsyncIterator[Step]:
+        """The answer, step by step. Raises Refused when the engine gives it up. However this is left, the sequence has
+        ended then."""
+        reason = Finish.STOP
+        try:
+            async for event in self._stream:
+                if event.finish is Finish.ERROR:
+                    raise Refused(500, event.error or "the engine gave the answer up", kind="server_error")
+                if event.finish is Finish.CANCELLED and not self._cut:
+                    raise Refused(503, "the server is shutting down", kind="server_error")
+                if not self._cut:
+                    step = self._step(event)
+                    if step.events or step.said:
+                        yield step
+                    if self._cut:
+                        self._stream.cancel()
+                    elif event.finish is not None:
+                        reason = event.finish
+            events = [] if self._cut else self._visible(self._parser.finish())
+            events += [ContentDelta(held)] if not self._cut and (held := self._stops.finish()) else []
+            self._end(reason)
+            if events:
+                yield Step(events)
+        finally:
+            self._stream.close()
+
+    def close(self) -> None:
+        """Nobody reads this answer any more."""
+        self._stream.close()
+
+    async def whole(self) -> tuple[Message, list[Said], Ending]:
+        """The complete answer as a message, with its tokens."""
+        events: list[Event] = []
+        said: list[Said] = []
+        async for step in self.steps():
+            events += step.events
+            said += step.said
+        assert self.ending is not None
+        return message_of(events), said, self.ending
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _step(self, event: EngineEvent) -> Step:
+        events: list[Event] = []
+        said: list[Said] = []
+        for token in event.tokens:
+            self._count(token)
+            fed = self._parser.feed([token.id])
+            if token.id == self._think_end or any(not isinstance(each, ReasoningDelta) for each in fed):
+                self._section = "content"
+            if not self._in_calls and self._service.tokenizer.token_bytes(token.id):
+                said.append(Said(token, self._section))
+            events += self._visible(fed)
+            if self._cut:
+                break
+        return Step(_without_end(events), said)
+
+    def _count(self, token: Token) -> None:
+        if self._first is None:
+            self._first = time.monotonic()
+            self._service.metrics.first_token(self._first - self._start)
+        self._output_tokens += 1
+        self._reasoning_tokens += self._section == "reasoning"
+        self._in_calls = self._in_calls or token.id == self._dsml
+
+    def _visible(self, events: Iterable[Event]) -> list[Event]:
+        """Events as the client may see them; sets `_cut` where the answer ends by them."""
+        shown: list[Event] = []
+        for event in events:
+            if self._cut:
+                break
+            if isinstance(event, ContentDelta):
+                text = self._stops.feed(event.text)
+                shown += [ContentDelta(text)] if text else []
+                self._cut = self._stops.found is not None
+                continue
+            if isinstance(event, CallBegin):
+                held = self._stops.finish()
+                shown += [ContentDelta(held)] if held else []
+            self._has_calls = self._has_calls or isinstance(event, CallEnd)
+            self._cut = self._one_call and isinstance(event, CallEnd)
+            shown.append(event)
+        return shown
+
+    def _end(self, finish: Finish) -> None:
+        usage = self._stream.usage
+        cached = usage.cached_tokens if usage else 0
+        cut_short = finish is Finish.LENGTH and not self._cut
+        reason = "length" if cut_short else "tool_calls" if self._has_calls else "stop"
+        budget = self._request.thinking.tokens if self._request.thinking else None
+        self.ending = Ending(
+            reason,
+            self._stops.found,
+            self._mode,
+            len(self._request.prompt),
+            cached,
+            self._output_tokens,
+            self._reasoning_tokens,
+            budget,
+        )
+        metrics, now = self._service.metrics, time.monotonic()
+        metrics.prompt(len(self._request.prompt), cached)
+        if usage:
+            metrics.guesses(usage.drafted, usage.accepted)
+        # The token that ends the thinking counts as thinking, so a budget of n is spent when n + 1 tokens were.
+        spent = budget is not None and self._reasoning_tokens > budget
+        metrics.answer(self._mode, reason, self._output_tokens, self._reasoning_tokens, spent)
+        per_token = (now - self._first) / (self._output_tokens - 1) if self._first and self._output_tokens > 1 else None
+        metrics.times(now - self._start, per_token)
+
+
+def _without_end(events: list[Event]) -> list[Event]:
+    return [event for event in events if not isinstance(event, EndOfTurn)]
+
+
+async def merged(replies: Sequence[Reply]) -> AsyncIterator[tuple[int, Step | None]]:
+    """Steps of several answers as they come, each with the answer's number; None in place of a step: it has ended."""
+    queue: asyncio.Queue[tuple[int, Step | None] | BaseException] = asyncio.Queue()
+
+    async def read(number: int, reply: Reply) -> None:
+        try:
+            async for step in reply.steps():
+                queue.put_nowait((number, step))
+            queue.put_nowait((number, None))
+        except Refused as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(read(number, reply)) for number, reply in enumerate(replies)]
+    try:
+        left = len(tasks)
+        while left:
+            item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            left -= item[1] is None
+            yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for reply in replies:
+            reply.close()

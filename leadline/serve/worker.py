@@ -1,0 +1,207 @@
+"""The worker: one thread that runs the engine, and the event loop's side of it.
+
+The engine is one loop of steps and not thread safe, HTTP is thousands of tasks on an event loop. They meet in two
+places only: commands (submit, cancel, stop) lie in a queue that the thread empties between two steps, and what a step
+said goes to the event loop in one call. So a step never waits for a client, and a client that hangs up has its slot and
+pages taken back before the next step begins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from leadline.engine.engine import Engine
+from leadline.engine.request import Request, RequestError
+from leadline.engine.sequence import Event, Finish, Usage
+
+_LOG = logging.getLogger("leadline.serve")
+_LOOK_S = 0.5
+
+
+@dataclass(frozen=True)
+class Look:
+    """The engine at a glance. pages: of the pool; held_pages: by running sequences and the prefix cache; cached_pages:
+    by the prefix cache (some of them by running sequences too). cache_bytes: of everything held."""
+
+    running: int = 0
+    waiting: int = 0
+    pages: int = 1
+    held_pages: int = 0
+    cached_pages: int = 0
+    cache_bytes: int = 0
+    preempted: int = 0
+
+
+class Stream:
+    """One sequence as the event loop sees it: an iterator of engine events that ends after the one with `finish`."""
+
+    def __init__(self, worker: Worker, request: Request):
+        self.request = request
+        self.usage: Usage | None = None
+        """Known once the sequence has ended."""
+        self._worker = worker
+        self._number: int | None = None  # belongs to the worker's thread
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._ended = False
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._ended:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        self._ended = event.finish is not None
+        return event
+
+    def cancel(self) -> None:
+        """The sequence ends, and its memory is free, before the next step; the event that says so still comes."""
+        self._worker.cancel(self)
+
+    def close(self) -> None:
+        """Nobody listens any more; an event that comes nevertheless goes unread."""
+        self._ended = True
+        self._worker.cancel(self)
+
+
+class Worker:
+    """Runs an engine. `start` is called on the event loop that its streams are read on."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.failure: str | None = None
+        """Why the engine has stopped for good; None while all is well."""
+        self.look = Look(pages=engine.memory.pool.num_pages)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._streams: dict[int, Stream] = {}  # by sequence number; belongs to the thread
+        self._open: set[Stream] = set()  # belongs to the event loop
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stops = False
+        self._looked = 0.0
+
+    # -- on the event loop -----------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End what still runs, then the thread."""
+        for stream in list(self._open):
+            stream.cancel()
+        self._commands.put(self._stop)
+        await asyncio.to_thread(self._thread.join)
+
+    @property
+    def num_open(self) -> int:
+        """Sequences that were submitted and have not ended."""
+        return len(self._open)
+
+    def submit(self, request: Request) -> Stream:
+        """Queue a request. It has been checked: what the engine refuses here ends with an error event."""
+        stream = Stream(self, request)
+        self._open.add(stream)
+        self._commands.put(lambda: self._submit(stream))
+        return stream
+
+    def cancel(self, stream: Stream) -> None:
+        """End a sequence, at whatever point of its life; without effect after its end."""
+        if stream in self._open:
+            self._open.discard(stream)
+            self._commands.put(lambda: self._cancel(stream))
+
+    def _deliver(self, said: list[tuple[Stream, Event, Usage | None]]) -> None:
+        for stream, event, usage in said:
+            if event.finish is not None:
+                stream.usage = usage
+                self._open.discard(stream)
+            stream._events.put_nowait(event)
+
+    # -- in the thread ---------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._stops or self.engine.busy:
+                self._obey()
+                if self.engine.busy:
+                    self._publish(self.engine.step())
+                self._glance()
+        except Exception as error:
+            # The engine guards itself against what requests can do; this is a bug or a broken machine. Whoever waits is
+            # told, and the server says that it is ill instead of hanging.
+            _LOG.exception("the engine has stopped")
+            self.failure = f"{type(error).__name__}: {error}"
+            self._publish(
+                [Event(number, finish=Finish.ERROR, error="the engine has stopped") for number in self._streams]
+            )
+            self._refuse_from_now_on()
+
+    def _obey(self) -> None:
+        """Do what was asked for since the last step; without anything to run, wait for it."""
+        if not self.engine.busy and not self._stops:
+            self._glance(at_once=True)
+            self._commands.get()()
+        while not self._commands.empty():
+            self._commands.get()()
+
+    def _refuse_from_now_on(self) -> None:
+        while not self._stops:
+            self._commands.get()()
+
+    def _submit(self, stream: Stream) -> None:
+        if self.failure is not None:
+            self._send([(stream, Event(-1, finish=Finish.ERROR, error="the engine has stopped"), None)])
+            return
+        try:
+            stream._number = self.engine.submit(stream.request)
+        except RequestError as error:
+            self._send([(stream, Event(-1, finish=Finish.ERROR, error=str(error)), None)])
+            return
+        self._streams[stream._number] = stream
+
+    def _cancel(self, stream: Stream) -> None:
+        if stream._number is not None and self.failure is None:
+            self.engine.cancel(stream._number)
+
+    def _stop(self) -> None:
+        self._stops = True
+
+    def _publish(self, events: list[Event]) -> None:
+        said: list[tuple[Stream, Event, Usage | None]] = []
+        for event in events:
+            stream = self._streams[event.sequence]
+            usage = None
+            if event.finish is not None:
+                del self._streams[event.sequence]
+                usage = self.engine.usage(event.sequence) if self.failure is None else None
+            said.append((stream, event, usage))
+        self._send(said)
+
+    def _send(self, said: list[tuple[Stream, Event, Usage | None]]) -> None:
+        if said:
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(self._deliver, said)
+
+    def _glance(self, at_once: bool = False) -> None:
+        now = time.monotonic()
+        if not at_once and now - self._looked < _LOOK_S:
+            return
+        self._looked = now
+        engine, memory = self.engine, self.engine.memory
+        pool = memory.pool
+        self.look = Look(
+            len(engine.running),
+            len(engine.waiting),
+            pool.num_pages,
+            pool.num_pages - pool.num_free,
+            memory.prefix.num_pages,
+            engine.cache_bytes,
+            engine.num_preempted,
+        )
