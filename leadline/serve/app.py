@@ -18,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from leadline import __version__
-from leadline.serve import chat_completions, completions, plain
+from leadline.serve import chat_completions, completions, messages, plain, responses
 from leadline.serve.http import OPEN_PATHS, Gate, error_response
 from leadline.serve.limits import Refused
 from leadline.serve.service import Service
@@ -38,7 +38,7 @@ def create_app(service: Service, *, origins: Sequence[str] = (), hosts: Sequence
         await service.worker.stop()
 
     app = FastAPI(title="leadline", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
-    for module in (chat_completions, completions, plain):
+    for module in (chat_completions, completions, responses, messages, plain):
         app.include_router(module.router(service))
     _speak_in_errors(app, service)
     app.add_middleware(Gate, keys=service.keys, limits=service.limits, metrics=service.metrics, open_paths=OPEN_PATHS)

@@ -140,6 +140,28 @@ def _given(value: _Value | None, default: _Value) -> _Value:
     return default if value is None else value
 
 
+def tool_choice_of(given: Any) -> tuple[ToolChoice, bool]:
+    """OpenAI's tool_choice, and whether it names a single tool. Raises Refused."""
+    if given is None or isinstance(given, str):
+        return ToolChoice(given or "auto"), False  # pyright: ignore[reportArgumentType]  # pydantic has checked it
+    function = given.get("function", given)  # the newer protocol has the name beside the type
+    name = function.get("name") if isinstance(function, dict) else None
+    if given.get("type") == "function" and isinstance(name, str):
+        return ToolChoice("required", (name,)), True
+    allowed = given.get("allowed_tools", given)
+    if given.get("type") == "allowed_tools" and isinstance(allowed, dict) and isinstance(allowed.get("tools"), list):
+        names = [tool.get("function", tool).get("name") for tool in allowed["tools"] if isinstance(tool, dict)]
+        mode = allowed.get("mode", "auto")
+        if mode in ("auto", "required") and names and all(isinstance(name, str) for name in names):
+            return ToolChoice(mode, tuple(names)), False
+    raise Refused(
+        400,
+        'tool_choice is not understood; use "auto", "none", "required" or '
+        '{"type": "function", "function": {"name": ...}}',
+        param="tool_choice",
+    )
+
+
 def stops_of(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     """Stop texts. Raises Refused."""
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
@@ -198,13 +220,19 @@ async def open_replies(service: Service, ask: Ask, namespace: str) -> list[Reply
 def encoded(service: Service, ask: Ask) -> tuple[Prompt, list[int]]:
     """The prompt of an ask, and its ids. Takes long for a long one: not for the event loop. Raises Refused."""
     try:
-        messages = with_tools(ask.messages, _checked_tools(ask))
+        messages = with_tools([_public(message) for message in ask.messages], _checked_tools(ask))
         if ask.response_format is not None:
             messages = with_response_format(messages, ask.response_format)
         prompt = render(messages, ask.mode, service.policy.release)
         return prompt, prompt.ids(service.tokenizer)
     except (ChatError, TokenizerError) as error:
         raise Refused(400, str(error), param="messages") from None
+
+
+def _public(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message of the public protocols, where the developer writes what used to be the system's text. The format's own
+    developer turn belongs to DeepSeek's search agents."""
+    return {**message, "role": "system"} if message.get("role") == "developer" else message
 
 
 def open_completion(

@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from leadline.engine.sequence import Token
-from leadline.serve.ask import Ask, ToolChoice, mode_of, open_replies, sampling_of, stops_of
+from leadline.serve.ask import Ask, mode_of, open_replies, sampling_of, stops_of, tool_choice_of
 from leadline.serve.fields import Positive, Sampled, Tool
 from leadline.serve.http import EventStream, error_body, sse, unless_gone
 from leadline.serve.limits import Refused
@@ -34,7 +34,7 @@ _PATH = "/v1/chat/completions"
 class Thinking(BaseModel):
     """Whether the model thinks, and how many tokens it may think."""
 
-    type: Literal["enabled", "disabled", "adaptive", "auto"] = "enabled"
+    type: Literal["enabled", "disabled", "adaptive", "between_tools", "auto"] = "enabled"
     budget_tokens: int | None = Field(None, ge=0, le=2**31)
 
     @property
@@ -83,7 +83,7 @@ class ChatRequest(Sampled):
         enabled = next(
             (each for each in (thinking.enabled, words.thinking, words.enable_thinking) if each is not None), None
         )
-        choice, names_one = _tool_choice(self.tool_choice)
+        choice, names_one = tool_choice_of(self.tool_choice)
         wants_logprobs = bool(self.logprobs)
         if self.top_logprobs is not None and not wants_logprobs:
             raise Refused(400, "top_logprobs without logprobs; set logprobs to true", param="top_logprobs")
@@ -100,27 +100,6 @@ class ChatRequest(Sampled):
             stops_of(self.stop),
             1 if self.n is None else self.n,
         )
-
-
-def _tool_choice(given: Any) -> tuple[ToolChoice, bool]:
-    """The choice, and whether it names a single tool. Raises Refused."""
-    if given is None or isinstance(given, str):
-        return ToolChoice(given or "auto"), False  # pyright: ignore[reportArgumentType]  # pydantic has checked it
-    name = given.get("function", {}).get("name") if isinstance(given.get("function"), dict) else None
-    if given.get("type") == "function" and isinstance(name, str):
-        return ToolChoice("required", (name,)), True
-    allowed = given.get("allowed_tools", given)
-    if given.get("type") == "allowed_tools" and isinstance(allowed, dict) and isinstance(allowed.get("tools"), list):
-        names = [tool.get("function", tool).get("name") for tool in allowed["tools"] if isinstance(tool, dict)]
-        mode = allowed.get("mode", "auto")
-        if mode in ("auto", "required") and names and all(isinstance(name, str) for name in names):
-            return ToolChoice(mode, tuple(names)), False
-    raise Refused(
-        400,
-        'tool_choice is not understood; use "auto", "none", "required" or '
-        '{"type": "function", "function": {"name": ...}}',
-        param="tool_choice",
-    )
 
 
 def router(service: Service) -> APIRouter:

@@ -171,6 +171,10 @@ class Reply:
         finally:
             self._stream.close()
 
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self._request.prompt)
+
     def close(self) -> None:
         """Nobody reads this answer any more."""
         self._stream.close()

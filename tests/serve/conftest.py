@@ -6,28 +6,35 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import httpx
 import pytest
 import torch
 import uvicorn
+from anthropic import Anthropic
+from openai import OpenAI
 
 from leadline.engine.engine import Engine, Settings
+from leadline.engine.request import Request
 from leadline.model.config import TINY
 from leadline.model.transformer import Transformer
 from leadline.serve.app import create_app
 from leadline.serve.limits import Keys, Limits
 from leadline.serve.service import Policy, Service
 from leadline.text.tokenizer import SPECIAL_TOKENS, Tokenizer
+from leadline.text.tools import Call, calls_block, tools_block
 
 KEYS = ("sk-aaaaaaaaaaaaaaaaaaaa", "sk-bbbbbbbbbbbbbbbbbbbb")
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.train(["the quick brown fox", "jumps over the lazy dog"] * 20, 256 + len(SPECIAL_TOKENS) + 20)
+    """It knows the words of the markup, so that prompts with tools are short."""
+    markup = "".join(calls_block([Call("get_weather", {"city": "", "days": 1, "unit": "C"})]))
+    texts = ["the quick brown fox", *tools_block([]), '{"type": "object", "properties": {"string"', markup]
+    return Tokenizer.train(texts * 20, 256 + len(SPECIAL_TOKENS) + 300)
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +71,10 @@ class Running:
     def post(self, path: str, body: object, **headers: str) -> httpx.Response:
         return httpx.post(self.url + path, json=body, headers=headers, timeout=60)
 
+    def raw(self, path: str, body: bytes, **headers: str) -> httpx.Response:
+        headers = {"content-type": "application/json", **headers}
+        return httpx.post(self.url + path, content=body, headers=headers, timeout=60)
+
     def settle(self) -> None:
         """Wait until nothing runs any more."""
         memory, engine = self.service.worker.engine.memory, self.service.worker.engine
@@ -93,6 +104,39 @@ def serve(service: Service) -> Iterator[Running]:
         server.should_exit = True
         thread.join(timeout=20)
         assert not thread.is_alive(), "the server did not stop"
+
+
+@pytest.fixture(scope="session")
+def keys() -> tuple[str, ...]:
+    """Keys of `guarded`."""
+    return KEYS
+
+
+@pytest.fixture(scope="session")
+def openai_client(server: Running) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def anthropic_client(server: Running) -> Iterator[Anthropic]:
+    with Anthropic(base_url=server.url, api_key="any", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def alone(model: Transformer) -> Callable[[Request], list[int]]:
+    """alone(request): its tokens when an engine serves nothing else, with a cold cache."""
+
+    def solo(request: Request) -> list[int]:
+        lonely = engine(model, slots=1, pages=20)
+        lonely.submit(request)
+        ids: list[int] = []
+        while lonely.busy:
+            ids += [token.id for event in lonely.step() for token in event.tokens]
+        return ids
+
+    return solo
 
 
 @pytest.fixture(scope="session")
