@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -22,6 +23,11 @@ from leadline.serve import chat_completions, completions, messages, plain, respo
 from leadline.serve.http import OPEN_PATHS, Gate, error_response
 from leadline.serve.limits import Refused
 from leadline.serve.service import Service
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"description": "Refused; the body says why, in the words of the protocol."},
+    "5XX": {"description": "The engine gave the answer up, or has stopped."},
+}
 
 
 def create_app(service: Service, *, origins: Sequence[str] = (), hosts: Sequence[str] = ()) -> FastAPI:
@@ -39,7 +45,7 @@ def create_app(service: Service, *, origins: Sequence[str] = (), hosts: Sequence
 
     app = FastAPI(title="leadline", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     for module in (chat_completions, completions, responses, messages, plain):
-        app.include_router(module.router(service))
+        app.include_router(module.router(service), responses=_ERRORS)
     _speak_in_errors(app, service)
     app.add_middleware(Gate, keys=service.keys, limits=service.limits, metrics=service.metrics, open_paths=OPEN_PATHS)
     if origins:

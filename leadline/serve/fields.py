@@ -6,6 +6,7 @@ server knows, but never in silence: the answer names it in the header `x-leadlin
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -36,7 +37,9 @@ class Body(BaseModel):
     def ignored(self) -> dict[str, str]:
         """The header that names fields without effect, if there are any."""
         names = sorted(name for name in self.model_extra or {} if name not in _HARMLESS)
-        return {IGNORED_HEADER: ", ".join(names).encode("ascii", "replace").decode()[:512]} if names else {}
+        # A name comes from outside, and a header that holds a line break is two headers.
+        shown = ", ".join(re.sub(r"[^\w.-]", "?", name, flags=re.ASCII) or "?" for name in names)
+        return {IGNORED_HEADER: shown[:512]} if names else {}
 
 
 class Function(BaseModel):

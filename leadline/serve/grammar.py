@@ -105,6 +105,13 @@ class Grammars:
 
     def _parameters(self, schema: Schema) -> Format:
         """All parameters of a call, each on its line, in the schema's order; a call without any has an empty line."""
+        root, schema = schema, _resolved(schema, schema)
+        strange = next((key for key in ("$ref", "anyOf", "oneOf", "allOf", "not", "if") if key in schema), None)
+        if strange is not None or schema.get("type", "object") != "object":
+            found = strange or f"type {schema['type']!r}"
+            raise GrammarError(
+                f"the schema cannot be enforced: parameters are {found}, expected an object's properties"
+            )
         properties = schema.get("properties")
         if not properties:
             closed = schema.get("additionalProperties") is False or properties == {}
@@ -117,7 +124,7 @@ class Grammars:
         required = schema.get("required") or []
         lines: list[Format] = []
         for name, part in properties.items():
-            branches = [self._parameter(name, branch) for branch in _branches(part, schema)]
+            branches = [self._parameter(name, branch) for branch in _branches(part, root)]
             line = _sequence(branches[0] if len(branches) == 1 else _any_of(*branches), "\n")
             lines.append(line if name in required else {"type": "optional", "content": line})
         whole = _sequence(*lines)

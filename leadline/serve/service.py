@@ -26,7 +26,7 @@ class Policy:
 
     name: of the model, as clients call it. aliases: names that stand for it too; `*` is any. mode: how hard the model
     thinks when a request does not say. allow_short_max: serve the mode `max` with less context than it needs.
-    log_prompts: write prompts and answers to the log.
+    log_prompts: write prompts to the log.
     """
 
     name: str

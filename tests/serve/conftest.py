@@ -54,8 +54,14 @@ def model(tokenizer: Tokenizer) -> Transformer:
     return model
 
 
-def engine(model: Transformer, slots: int = 4, pages: int = 80) -> Engine:
-    return Engine(model, Settings(slots=slots, pages=pages, max_tokens=2048, step_tokens=256))
+def engine(model: Transformer, slots: int = 4, pages: int = 80, max_tokens: int = 2048) -> Engine:
+    return Engine(model, Settings(slots=slots, pages=pages, max_tokens=max_tokens, step_tokens=256))
+
+
+@pytest.fixture(scope="session")
+def make_engine() -> Callable[..., Engine]:
+    """`engine`, by a fixture because test files do not import each other."""
+    return engine
 
 
 @dataclass(frozen=True)
@@ -152,4 +158,12 @@ def guarded(model: Transformer, tokenizer: Tokenizer) -> Iterator[Running]:
     """One slot, a queue of two, two keys, no short max."""
     policy = Policy("tiny", limits=Limits(queue=2))
     with serve(Service(engine(model, slots=1, pages=20), tokenizer, policy, Keys(list(KEYS)))) as running:
+        yield running
+
+
+@pytest.fixture
+def short(model: Transformer, tokenizer: Tokenizer) -> Iterator[Running]:
+    """A context of 64 tokens, so that no answer takes long."""
+    service = Service(engine(model, max_tokens=64), tokenizer, Policy("tiny", aliases=("*",)), Keys([]))
+    with serve(service) as running:
         yield running

@@ -51,7 +51,9 @@ def test_a_call_is_enforced_and_its_result_is_taken_in(anthropic_client: Anthrop
         {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm", "signature": ""}, call.model_dump()]},
         {"role": "user", "content": [result, {"type": "text", "text": "and?"}]},
     ]
-    answer = anthropic_client.messages.create(**{**ask, "messages": messages, "tool_choice": {"type": "none"}})
+    answer = anthropic_client.messages.create(
+        **{**ask, "messages": messages, "tool_choice": {"type": "none"}, "max_tokens": 5}
+    )
     assert all(block.type == "text" for block in answer.content)
     assert answer.usage.input_tokens + (answer.usage.cache_read_input_tokens or 0) > whole.usage.input_tokens
 
