@@ -22,6 +22,7 @@ VERBS = {
     "plan": "leadline.recipes.plan",
     "generate": "leadline.recipes.generate",
     "serve": "leadline.recipes.serve",
+    "pack": "leadline.recipes.pack",
     "verify": "leadline.recipes.verify",
     "weights": "leadline.recipes.weights",
     "bench": "leadline.recipes.bench",
