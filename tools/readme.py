@@ -10,7 +10,8 @@ The file map has one line per source file: the first sentence of the file's docs
   title      heading of the table
   command    command that measures it again
   machine    processor or card, in words
-  time       start of the run in ISO 8601, the same for all rows of one run; per machine the latest run is shown
+  time       start of the run in ISO 8601, the same for all rows of one run; per machine the latest run is shown, or,
+             for benchmarks in CASES, the latest row of each case
   commit     revision that was measured
   versions   {"torch": "2.13.0", ...}
   row        {"column heading": value, ...}, values as they shall be printed
@@ -30,6 +31,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE_FOLDERS = ("leadline", "benchmarks", "tools")
+# Benchmarks that can be run in part: the columns that tell their cases apart.
+CASES = {"ops": ("op", "shape", "direction"), "engine": ("what", "context")}
 RESULT_KEYS = {"benchmark", "title", "command", "machine", "time", "commit", "versions", "row"}
 
 
@@ -68,19 +71,25 @@ def _folder_lines(root: Path, folder: Path, depth: int) -> Iterator[str]:
 
 
 def result_tables(root: Path) -> str:
-    """One table per benchmark and machine, from the latest run stored."""
-    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    """One table per benchmark and machine, from the latest run stored, or from the latest row of each case."""
+    tables: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for path in sorted((root / "benchmarks" / "results").glob("**/*.jsonl")):
         for row in _rows(path):
-            stored = runs.setdefault((row["benchmark"], row["machine"]), [])
-            if stored and row["time"] < stored[0]["time"]:
-                continue
-            if stored and row["time"] > stored[0]["time"]:
-                stored.clear()
-            stored.append(row)
-    if not runs:
+            tables.setdefault((row["benchmark"], row["machine"]), []).append(row)
+    if not tables:
         return "No measurement is stored."
-    return "\n\n".join(_table(rows) for _, rows in sorted(runs.items()))
+    return "\n\n".join(_table(_shown(rows)) for _, rows in sorted(tables.items()))
+
+
+def _shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    columns = CASES.get(rows[0]["benchmark"])
+    if columns is None:
+        latest = max(row["time"] for row in rows)
+        return [row for row in rows if row["time"] == latest]
+    cases: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: row["time"]):
+        cases[tuple(row["row"][column] for column in columns)] = row
+    return sorted(cases.values(), key=lambda row: row["row"][columns[0]])
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -99,7 +108,9 @@ def _table(rows: list[dict[str, Any]]) -> str:
     body = [[str(row["row"].get(column, "")) for column in columns] for row in rows]
     lines = [columns, ["---"] * len(columns), *body]
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-    caption = f"`{run['command']}` on {run['machine']}, {run['time'][:10]}, commit {run['commit'][:9]}; {versions}."
+    dates, commits = (sorted({row[key][:length] for row in rows}) for key, length in (("time", 10), ("commit", 9)))
+    what = f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+    caption = f"`{run['command']}` on {run['machine']}, {' and '.join(dates)}, {what}; {versions}."
     return "\n".join([f"**{run['title']}**", "", *(f"| {' | '.join(cells)} |" for cells in lines), "", caption])
 
 
