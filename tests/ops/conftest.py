@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -142,3 +145,43 @@ def loops_to_scalars(monkeypatch: pytest.MonkeyPatch) -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
+@pytest.fixture(scope="session")
+def gluon() -> Any:
+    """The stand-in for an interpreter of Gluon, which Triton has not."""
+    spec = importlib.util.spec_from_file_location("gluon_interpreter", Path(__file__).with_name("gluon_interpreter.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class Launcher:
+    """In the place of a Gluon kernel: runs it in the stand-in, and counts."""
+
+    def __init__(self, kernels: Any, name: str):
+        self.kernels, self.name, self.launches = kernels, name, 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            self.launches += 1
+            for option in ("num_warps", "maxnreg", "launch_pdl"):
+                constants.pop(option, None)
+            self.kernels.run(self.name, grid, *arguments, **constants)
+
+        return launch
+
+
+@pytest.fixture
+def interpreted_gluon(gluon: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], Launcher]:
+    """Puts a launcher into a module in the place of one of its kernels."""
+
+    def replace(module: Any, name: str) -> Launcher:
+        launcher = Launcher(gluon.Kernels(Path(module.__file__)), name)
+        monkeypatch.setattr(module, name, launcher)
+        return launcher
+
+    return replace

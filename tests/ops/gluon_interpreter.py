@@ -18,6 +18,7 @@ access is in order when the clock of the one who accesses covers what came befor
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from collections.abc import Callable
@@ -41,6 +42,13 @@ class Block(torch.Tensor):
     def type(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return SimpleNamespace(layout=None)
 
+    def to(self, dtype: torch.dtype, bitcast: bool = False) -> Block:  # pyright: ignore[reportIncompatibleMethodOverride]
+        values = self.as_subclass(Tensor)
+        return block(values.view(dtype) if bitcast else values.to(dtype))
+
+    def expand_dims(self, axis: int) -> Tensor:
+        return self.unsqueeze(axis)
+
 
 def block(x: Any, dtype: torch.dtype | None = None) -> Block:
     return torch.as_tensor(x, dtype=dtype).as_subclass(Block)
@@ -61,6 +69,9 @@ class Pointer:
 
     def __getitem__(self, key: Any) -> Pointer:
         return Pointer(self.memory, self.address[key], self.element)
+
+    def expand_dims(self, axis: int) -> Pointer:
+        return Pointer(self.memory, self.address.unsqueeze(axis), self.element)
 
 
 class Memory:
@@ -334,7 +345,10 @@ class Device:
             own = part.notes["writer"] == 2 * self.actor.number
             part.notes["unfenced"].logical_and_(part.notes["landing"] | ~(own | part.known()))
 
-    def product(self, a: Shared, b: Shared, start: Any, use_acc: bool = True, is_async: bool = False) -> Any:
+    def product(self, a: Any, b: Shared, start: Any, use_acc: bool = True, is_async: bool = False) -> Any:
+        if isinstance(a, Tensor):  # in registers, where nothing can happen to it
+            values, a = a, self.allocate(a.dtype, list(a.shape), None)
+            a.data.copy_(values)
         for operand in (a, b):
             operand.begin_read()
             assert not operand.notes["unfenced"].any(), "no proxy fence before a product"
@@ -404,9 +418,10 @@ def _layout(*_: Any) -> None:
 
 def _language(device: Device) -> SimpleNamespace:
     return SimpleNamespace(
-        constexpr=constexpr, int32=torch.int32, int64=torch.int64, float32=torch.float32,
+        constexpr=constexpr, uint8=torch.uint8, int16=torch.int16, int32=torch.int32, int64=torch.int64,
+        bfloat16=torch.bfloat16, float32=torch.float32,
         NVMMASharedLayout=_layout, NVMMADistributedLayout=_layout, BlockedLayout=_layout, SliceLayout=_layout,
-        DistributedLinearLayout=_layout, SwizzledSharedLayout=_layout,
+        DistributedLinearLayout=_layout, SwizzledSharedLayout=_layout, DotOperandLayout=_layout,
         program_id=lambda axis: block(device.program[axis], torch.int32),
         num_programs=lambda axis: block(device.programs[axis], torch.int32),
         cdiv=lambda a, b: (a + b - 1) // b,
@@ -417,7 +432,7 @@ def _language(device: Device) -> SimpleNamespace:
         maximum=lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)).as_subclass(Block),
         minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)).as_subclass(Block),
         max=lambda x, axis: x.amax(axis), min=lambda x, axis: x.amin(axis), sum=lambda x, axis: x.sum(axis),
-        exp=torch.exp, exp2=torch.exp2, log=torch.log, log2=torch.log2,
+        abs=torch.abs, exp=torch.exp, exp2=torch.exp2, log=torch.log, log2=torch.log2,
         join=lambda a, b: torch.stack([a, b], dim=-1), split=lambda x: x.unbind(-1),
         convert_layout=lambda x, layout, assert_trivial=False: x,
         allocate_shared_memory=device.allocate, barrier=device.barrier, static_range=range,
@@ -481,8 +496,7 @@ class Kernels:
         """Launch a kernel: tensors become pointers, numbers stay, None means an operand that is not there."""
         self.device.memory.tensors.clear()
         values = [self.device.memory.pointer(x) if isinstance(x, Tensor) else x for x in arguments]
-        self.device.programs = grid[0], grid[1] if len(grid) > 1 else 1
-        for second in range(self.device.programs[1]):
-            for first in range(self.device.programs[0]):
-                self.device.begin((first, second))
-                self.names[name](*values, **constants)
+        self.device.programs = (*grid, 1, 1)[:3]
+        for program in itertools.product(*(range(number) for number in self.device.programs)):
+            self.device.begin(program)
+            self.names[name](*values, **constants)

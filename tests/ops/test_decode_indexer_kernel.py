@@ -1,7 +1,10 @@
-"""The kernels of the indexer for single queries. Operands are small whole numbers, so that scores are exact in any order
-of summation, ties are frequent, and the picks must be equal."""
+"""The kernels of the indexer for single queries. Operands are small whole numbers, so that scores are exact in any
+order of summation, ties are frequent, and the picks must be equal."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -119,10 +122,24 @@ def test_alone_or_not() -> None:
 
 @pytest.mark.interpret
 def test_traced_as_one_operation() -> None:
-    q, *rest = operands((1, 2, 32, 2, 5), True)
+    first, weight, keys, table, sequence, visible = operands((1, 2, 32, 2, 5), True)
+
+    def step(q: Tensor) -> Tensor:
+        return decode_pick_entries(q, weight, keys, table, sequence, visible, 5)[0] + 1
+
     with implementation("kernel"):
-        compiled = torch.compile(lambda q: decode_pick_entries(q, *rest, 5)[0] + 1, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(q), decode_pick_entries(q, *rest, 5)[0] + 1)
+        assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager")(first), step(first))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("pages", [1, 5, 8])
+def test_hopper_interpreted(interpreted_gluon: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, pages: int) -> None:
+    from leadline.ops.decode_indexer import hopper, kernel
+
+    launcher = interpreted_gluon(hopper, "decode_index_scores_hopper_kernel")
+    monkeypatch.setattr(kernel, "for_hopper", lambda q, scales: True)
+    check(operands((2, 64, 128, pages, 20), True, torch.bfloat16), 20)
+    assert launcher.launches == 1
 
 
 @pytest.mark.gpu

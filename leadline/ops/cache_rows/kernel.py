@@ -27,8 +27,8 @@ VALUES_PER_TILE = 2048
 
 @triton.jit
 def begin(EARLY: tl.constexpr):
-    """The first line of a kernel that was started early (`starts_early`): waits for all that the kernel before it wrote,
-    and lets the next one start."""
+    """The first line of a kernel that was started early (`starts_early`): waits until the kernel before it is done and
+    what it wrote can be read, and lets the next one start."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -61,24 +61,25 @@ def load_rows(
     vectors, rotary, scales, rows_R, real_R,
     K: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, AT: tl.constexpr,
 ):  # fmt: skip
-    """Columns AT to AT + CHUNK - 1 of some rows of [rows, K] floats, or of packed keys when there are scales; zero where
-    a row is not real. Packed: FP32, and CHUNK divides a block of scales. rotary: the payload seen as bfloat16."""
+    """Columns AT to AT + CHUNK - 1 of some rows of [rows, K] floats, or of packed keys when there are scales; zero
+    where a row is not real. Packed: FP32, and CHUNK divides a block of scales. rotary: the payload as bfloat16."""
     column = AT + tl.arange(0, CHUNK)
     here = real_R[:, None] & (column < K)[None, :]
     if scales is None:
-        return tl.load(vectors + rows_R[:, None] * K + column[None, :], mask=here, other=0.0)
-    values = tl.zeros((rows_R.shape[0], CHUNK), tl.float32)
-    if AT < K - R:
-        coded = here & (column < K - R)[None, :]
-        code = tl.load(vectors + rows_R[:, None] * (K + R) + column[None, :], mask=coded, other=0)
-        groups: tl.constexpr = ((K - R + 63) // 64 + 7) // 8 * 8
-        scale = tl.load(scales + rows_R * groups + AT // 64, mask=real_R, other=127)
-        values = e4m3_to_float(code) * e8m0_to_float(scale)[:, None]
-    if AT + CHUNK > K - R:
-        turned = here & (column >= K - R)[None, :]
-        place = (K - R) // 2 + column - (K - R)
-        tail = tl.load(rotary + rows_R[:, None] * ((K + R) // 2) + place[None, :], mask=turned, other=0.0)
-        values = tl.where((column >= K - R)[None, :], tail.to(tl.float32), values)
+        values = tl.load(vectors + rows_R[:, None] * K + column[None, :], mask=here, other=0.0)
+    else:
+        values = tl.zeros((rows_R.shape[0], CHUNK), tl.float32)
+        if AT < K - R:
+            coded = here & (column < K - R)[None, :]
+            code = tl.load(vectors + rows_R[:, None] * (K + R) + column[None, :], mask=coded, other=0)
+            groups: tl.constexpr = ((K - R + 63) // 64 + 7) // 8 * 8
+            scale = tl.load(scales + rows_R * groups + AT // 64, mask=real_R, other=127)
+            values = e4m3_to_float(code) * e8m0_to_float(scale)[:, None]
+        if AT + CHUNK > K - R:
+            turned = here & (column >= K - R)[None, :]
+            place = (K - R) // 2 + column - (K - R)
+            tail = tl.load(rotary + rows_R[:, None] * ((K + R) // 2) + place[None, :], mask=turned, other=0.0)
+            values = tl.where((column >= K - R)[None, :], tail.to(tl.float32), values)
     return values
 
 
@@ -202,13 +203,18 @@ def starts_early(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; the interpreter has few programs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 def rotary_view(values: Tensor, scales: Tensor | None) -> Tensor:
     """The payload of packed keys as bfloat16, of which its last R values are the rotary part; else as it is."""
     return values if scales is None or values.shape[1] % 2 else values.view(torch.bfloat16)
 
 
 def is_index(values: Tensor, scales: Tensor | None, width: int) -> bool:
-    """Whether a source of this width holds packed index keys: two values a byte, where keys have a byte and more each."""
+    """Whether a source of this width holds packed index keys: two values a byte, where keys have more than one each."""
     return scales is not None and 2 * values.shape[1] == width
 
 

@@ -1,15 +1,15 @@
 """Attention of single queries for Hopper, in Gluon: the kernel of `kernel.py` with its pipeline spelled out.
 
-The products are turned around: keys are the rows of the first, S^T = k q^T, and the K columns of the keys those of the
-second, o^T = k^T p^T. So a tile of keys, written to shared memory once in bfloat16, is the first operand of both, and the
-heads are the columns of products that may be as few as 16. A head's numbers do not depend on how many others are in the
-block.
+The products are turned around: keys are the rows of the first, S^T = k q^T, and the K columns of the keys those of
+the second, o^T = k^T p^T. So a tile of keys, written to shared memory once in bfloat16, is the first operand of both,
+and the heads are the columns of products that may be as few as 16. A head's numbers do not depend on how many others
+are in the block.
 
 Eight-bit codes become bfloat16 two at a time: a word holds four, and one shift puts codes 0 and 2 (or 1 and 3) into the
 lower and the upper half of a register, sign at the top and the other seven bits across exponent and mantissa. That is
-the value times 2^-120, and two exact products, with 2^120 and with the scale, make it right. The two halves of a register
-are neighbours in shared memory, so columns stand there in the order 0, 2, 1, 3 of each four. The query is put into the
-same order, and the sums are written back in theirs.
+the value times 2^-120, and two exact products, with 2^120 and with the scale, make it right. The two halves of a
+register are neighbours in shared memory, so columns stand there in the order 0, 2, 1, 3 of each four. The query is put
+into the same order, and the sums are written back in theirs.
 
 The bytes of the next tile are on their way while one is decoded and multiplied. The rules of
 `sparse_attention/hopper.py` hold here as well: phases of shared memory are divided by a wait, a barrier and a proxy
@@ -44,8 +44,8 @@ def _listed(window_rows, entry_rows, place, W, M, TILE: gl.constexpr):
 
 @gluon.jit
 def _load_packed(payload, scales, rows, K: gl.constexpr, WORDS: gl.constexpr):
-    """The bytes of packed rows, four in an integer: chunks of 64 codes, the rotary part behind them, and the scales of a
-    row as one integer."""
+    """The bytes of packed rows, four in an integer: chunks of 64 codes, the rotary part behind them, and the scales of
+    a row as one integer."""
     WORDS_OF_ROW: gl.constexpr = (K + 64) // 4
     rows = rows.to(gl.int64)
     real = rows >= 0
@@ -80,8 +80,8 @@ def _decoded(words, scales, c: gl.constexpr):
 
 @gluon.jit
 def _decode(keys, chunks, scales, K: gl.constexpr):
-    """Write packed rows to shared memory. First the left halves of all buffers, because between two writes to one buffer
-    stands a barrier."""
+    """Write packed rows to shared memory. First the left halves of all buffers, because between two writes to one
+    buffer stands a barrier."""
     for half in gl.static_range(2):
         for b in gl.static_range(K // 128):
             if 2 * b + half < (K - 64) // 64:
@@ -120,8 +120,8 @@ def decode_attention_fwd_hopper_kernel(
     K: gl.constexpr, R: gl.constexpr, TILE: gl.constexpr, TILES: gl.constexpr, HEADS: gl.constexpr,
     WARPS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    """One split of one query for a block of heads: TILES tiles of TILE rows. Packed rows come as int32, with one int64 of
-    scales each; R is 0 for floats."""
+    """One split of one query for a block of heads: TILES tiles of TILE rows. Packed rows come as int32, with one int64
+    of scales each; R is 0 for floats."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()

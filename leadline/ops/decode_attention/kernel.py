@@ -3,16 +3,16 @@
 With one query there are H rows (heads) of a matrix product and up to 8,320 keys, and nothing else to fill the card with
 but the keys. So the keys are cut into splits. A program has a block of heads and one split; it leaves the weighted sum
 of its keys, their largest score and the sum of their weights, all FP32, and a second kernel adds the splits up in their
-order. With K = 512 the sum of a split is 128 KiB for 64 heads, as much as 224 packed keys: more splits than the card
-needs would move more bytes than the cache holds.
+order. With K = 512 the sum of a split is 128 KiB for 64 heads, as much as 224 packed keys: more splits than one query
+needs to fill the card would move more bytes than the cache holds.
 
 Floors at a million tokens, one query of 64 heads of 512. HCA: 8,320 keys of 584 bytes and 1.1 GFLOP, 1.7 us and 1.4 us
 on an H100. CSA: 640 keys, 0.1 us. Both are less than what starting two kernels takes, so the wait for lists, then rows,
 then products, one behind the other, is what counts.
 
-How the keys are split depends on the lengths W and M of the lists alone, and a block of heads computes the same for each
-of its heads whatever its size. So a query gets the same bits in every batch, while the blocks are as large as the
-number of queries allows: a key is decoded once for all the heads of a block.
+How the keys are split depends on the lengths W and M of the lists alone, and a block of heads computes the same for
+each of its heads whatever its size. So a query gets the same bits in every batch, while blocks are larger when there
+are more queries: a key is decoded once for all the heads of a block.
 
 Lists are padded with -1 to their greatest length, so that shapes are static. A program whose rows are all -1 is done
 when it has read them.
@@ -21,6 +21,7 @@ when it has read them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,12 +29,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leadline.ops.cache_rows.kernel import begin, chunk_of, load_rows, rotary_view, starts_early
+from leadline.ops.cache_rows.kernel import begin, chunk_of, load_rows, multiprocessors, rotary_view, starts_early
 from leadline.ops.opaque import opaque
 
 LOG2_E = math.log2(math.e)
 MOST_SPLITS = 33
-HOPPER_TILE, HOPPER_WARPS = 64, 8
+# Columns of a tile, and warps of a program that has one: on Hopper, elsewhere, and of FP32, which has no matrix unit.
+HOPPER_TILES, TILES, FP32_TILES = ((64, 4), (128, 8)), ((64, 4),), ((16, 4),)
 COLUMNS_OF_SUM = 128
 
 
@@ -132,7 +134,7 @@ def decode_attention_combine_kernel(
     sums_TSHK, most_TSH, total_TSH, sink_H, o_THK, lse_TH, S, H,
     K: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """o of some columns of one head of one query, and its lse. S splits; one without a key has a total of 0 and no sums."""
+    """o of some columns of one head of one query, and its lse. S splits; one without a key has the total 0, no sums."""
     begin(EARLY)
     t, h = tl.program_id(2).to(tl.int64), tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -162,29 +164,38 @@ def decode_attention_combine_kernel(
 
 
 class Split(NamedTuple):
-    """How the two lists are cut: tiles of `columns` rows, `tiles` of them in each of `splits`."""
+    """How the two lists are cut: tiles of `columns` rows, `tiles` of them in each of `splits`; and the warps of a
+    program that has a tile of this size on Hopper."""
 
     columns: int
     tiles: int
     splits: int
+    warps: int = 4
 
     @classmethod
-    def of(cls, window: int, entries: int, columns: int) -> Split:
-        """For lists of these lengths; at most MOST_SPLITS, so that what they leave stays small beside the cache."""
-        total = max(1, triton.cdiv(window, columns) + triton.cdiv(entries, columns))
+    def of(cls, window: int, entries: int, shapes: Sequence[tuple[int, int]]) -> Split:
+        """For lists of these lengths: at most MOST_SPLITS, so that what they leave stays small beside the cache.
+
+        shapes: columns and warps, the smallest first. The first is taken of which one tile in a split is enough, else
+        several of the last.
+        """
+        for columns, warps in shapes:
+            total = max(1, triton.cdiv(window, columns) + triton.cdiv(entries, columns))
+            if total <= MOST_SPLITS:
+                return cls(columns, 1, total, warps)
         tiles = triton.next_power_of_2(triton.cdiv(total, MOST_SPLITS))
-        return cls(columns, tiles, triton.cdiv(total, tiles))
+        return cls(columns, tiles, triton.cdiv(total, tiles), warps)
 
 
-def heads_per_program(num_queries: int, num_heads: int, splits: int, multiprocessors: int) -> int:
-    """The largest block of heads, 16 or 32, that still gives every multiprocessor a program; 16 where none does."""
+def heads_per_program(num_queries: int, num_heads: int, splits: int, available: int) -> int:
+    """Heads of a block, 16 or 32: the larger where it still gives each available multiprocessor two programs."""
     blocks = num_queries * splits * triton.cdiv(num_heads, 32)
-    return 32 if num_heads > 16 and blocks >= multiprocessors else 16
+    return 32 if num_heads > 16 and blocks >= 2 * available else 16
 
 
 def for_hopper(q_THK: Tensor, rotary_width: int | None) -> bool:
-    """Whether the kernel of `hopper.py` runs: bfloat16, wide keys, and a GPU of that generation. rotary_width: of packed
-    keys, None for floats."""
+    """Whether the kernel of `hopper.py` runs: bfloat16, wide keys, and a GPU of that generation. rotary_width: of
+    packed keys, None for floats."""
     suits = q_THK.dtype == torch.bfloat16 and q_THK.shape[2] in (128, 256, 512) and rotary_width in (None, 64)
     return suits and q_THK.is_cuda and torch.cuda.get_device_capability(q_THK.device) == (9, 0)
 
@@ -227,7 +238,7 @@ def decode_attention_kernel(
     rotary_width = None if window_scales is None else window.shape[1] - width
     lengths = window_rows_TW.shape[1], entry_rows_TM.shape[1]
     hopper = for_hopper(q_THK, rotary_width)
-    split = Split.of(*lengths, HOPPER_TILE if hopper else 16 if q_THK.dtype == torch.float32 else 64)
+    split = Split.of(*lengths, HOPPER_TILES if hopper else FP32_TILES if q_THK.dtype == torch.float32 else TILES)
     most_TSH = q_THK.new_empty((num_queries, split.splits, num_heads), dtype=torch.float32)
     total_TSH = torch.empty_like(most_TSH)
     sums_TSHK = most_TSH.new_empty((*most_TSH.shape, width))
@@ -237,12 +248,11 @@ def decode_attention_kernel(
     if hopper:
         from leadline.ops.decode_attention.hopper import decode_attention_fwd_hopper_kernel
 
-        multiprocessors = torch.cuda.get_device_properties(q_THK.device).multi_processor_count
-        heads = heads_per_program(num_queries, num_heads, split.splits, multiprocessors)
+        heads = heads_per_program(num_queries, num_heads, split.splits, multiprocessors(q_THK.device))
         grid = split.splits, triton.cdiv(num_heads, heads), num_queries
         decode_attention_fwd_hopper_kernel[grid](
             q_THK, *as_words(window, window_scales), window_rows_TW, *as_words(entries, entry_scales), entry_rows_TM,
-            *rest, **shape, TILE=split.columns, HEADS=heads, WARPS=HOPPER_WARPS, num_warps=HOPPER_WARPS,
+            *rest, **shape, TILE=split.columns, HEADS=heads, WARPS=split.warps, num_warps=split.warps,
         )  # fmt: skip
     else:
         grid = split.splits, triton.cdiv(num_heads, 16), num_queries
@@ -250,7 +260,8 @@ def decode_attention_kernel(
             q_THK,
             window, rotary_view(window, window_scales), window_scales, window_rows_TW,
             entries, rotary_view(entries, entry_scales), entry_scales, entry_rows_TM,
-            *rest, **shape, HEADS=16, COLUMNS=split.columns, CHUNK=chunk_of(width), num_warps=4, num_stages=1,
+            *rest, **shape, HEADS=16, COLUMNS=split.columns, CHUNK=chunk_of(width),
+            num_warps=8 if width > 256 else 4, num_stages=1,
         )  # fmt: skip
     o_THK, lse_TH = torch.empty_like(q_THK), most_TSH.new_empty((num_queries, num_heads))
     columns = min(COLUMNS_OF_SUM, triton.next_power_of_2(width))

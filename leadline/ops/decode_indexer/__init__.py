@@ -26,10 +26,10 @@ def decode_pick_entries(
     This is `pick_entries` for queries that share nothing, with keys in pages of 32: key c of sequence n is row
     pages[n, c // 32] * 32 + c % 32.
 
-    q_TJI: [T, J, I], rotated and rounded as the keys are. weight_TJ: FP32, already scaled. keys: rows of I floats in the
-    dtype of q, or packed. pages_NP: int32, the table of all sequences; what stands behind the pages of one is not read.
-    sequence_T: int32 or int64, the row of each query in the table. visible_T: the same, how many entries it sees, at
-    most 32 P; 0 is allowed.
+    q_TJI: [T, J, I], rotated and rounded as the keys are. weight_TJ: FP32, already scaled. keys: rows of I floats in
+    the dtype of q, or packed; I is a power of two from 32 on. pages_NP: int32, the table of all sequences; what stands
+    behind the pages of one is not read. sequence_T: int32 or int64, the row of each query in the table. visible_T: the
+    same, how many entries it sees, at most 32 P; 0 is allowed.
 
     Returns picked_TM, int32, numbers within the sequence in ascending order, -1 behind them, and rows_TM, int32, the
     rows of the same entries; M = min(k, 32 P), so that shapes do not depend on what is in the tensors. Ties go to the

@@ -6,14 +6,14 @@ not ask for an order of the values it sums up, as long as both operands have the
 bytes and the i-th scale, and what it decodes stands where the matrix unit wants it; only the query, once in a program,
 is put into the same order. Nothing of a key ever moves between threads or through shared memory.
 
-A word of four bytes has eight codes, and two bfloat16 fit into one register: code n goes to the lower half and code n + 4
-to the upper one, by one shift for both, with its sign at the top and the other three bits across exponent and mantissa.
-That is the value times 2^-126, and two exact products, with 2^126 and with the scale, make it right.
+A word of four bytes has eight codes, and two bfloat16 fit into one register: code n goes to the lower half and code
+n + 4 to the upper one, by one shift for both, with its sign at the top and the other three bits across exponent and
+mantissa. That is the value times 2^-126, and two exact products, with 2^126 and with the scale, make it right.
 
 value  k = 32 i + 8 word + 4 h + n  of quarter i   stands at place   32 word + 8 n + 2 i + h  of a product
 
-The bytes of the next tile are loaded while one is multiplied, and their pages one tile earlier. Programs are small, four
-warps, and several share a multiprocessor, so that decoding, matrix products and sums of different tiles overlap.
+The bytes of the next tile are loaded while one is multiplied, and their pages one tile earlier. Programs are small,
+four warps, and several share a multiprocessor, so that decoding, products and sums of different tiles overlap.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def decode_index_scores_hopper_kernel(
     q_TJI, weight_TJ, codes, scales, pages_NP, sequence_T, visible_T, scores_TC, best_TG, P, M, C, G,
     EARLY: gl.constexpr,
 ):  # fmt: skip
-    """Ordered scores of the keys of one query, and the best of each 16; nothing for a query whose visible entries are all
-    picked. 64 heads of 128; codes come as int32."""
+    """Ordered scores of the keys of one query, and the best of each 16; nothing for a query whose visible entries are
+    all picked. 64 heads of 128; codes come as int32."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()

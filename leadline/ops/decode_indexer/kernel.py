@@ -1,18 +1,23 @@
 """The indexer for single queries in Triton: scores of all keys of a sequence, straight from its pages, and their best.
 
-Floor at a million tokens: one query reads 262,144 packed keys of 68 bytes, 17.8 MB, 6 us on an H100, and multiplies them
-with 64 heads, 4.3 GFLOP, another 5 us; decoding four-bit codes and summing over the heads keeps the ordinary units busy
-for as long. So the scores run at the speed of all three together, and the choice, which is small, must not add to it.
+Floor at a million tokens: one query reads 262,144 packed keys of 68 bytes, 17.8 MB, 6 us on an H100, and multiplies
+them with 64 heads, 4.3 GFLOP, another 5 us; decoding four-bit codes and summing over the heads keeps the ordinary units
+busy for as long. So the scores run at the speed of all three together, and the choice, which is small, must not add to
+it: a single multiprocessor that looked at a quarter of a million scores would take several times as long.
 
 Scores. A tile is 64 keys, two pages. Tiles are dealt out to the programs in turn, so that the card is full at every
-length, and a score does not depend on who computes it. Keys are the rows of a product with the heads for columns, so that
-the sum over heads stays within a row. A score is kept as the integer that is ordered like it.
+length, and a score does not depend on who computes it. Keys are the rows of a product with the heads for columns, so
+that the sum over heads stays within a row. A score is kept as the integer that is ordered like it, and the best of
+every 16 neighbours, a group, is kept beside it.
 
-Choice. A group is 16 keys, and the scores kernel leaves the best score of each. Of the groups in the order of their best
-(ties to the lower number), those behind the first k hold none of the k best entries: each group before brings one that
-comes first. So one program per query picks groups, 16 times fewer than entries, and then entries among the scores of
-these groups only. Both choices halve the interval of scores around the k-th until it is found; the first stops as soon
-as few enough groups are left. Sums of integers are exact, so the result does not depend on their order.
+Candidates. Groups are dealt out to columns, at least 1,024. A number that the best groups of k columns reach is reached
+by k scores, so nothing below it is picked; and since columns are many, few others reach it. Every program finds this
+bound anew, which is cheaper than to wait for one that does, and lists what reaches it in a region of the sequence, in
+order.
+
+Choice. One program for each query finds the k-th score among the candidates, a few hundred more than k when the best
+are spread out. Both searches cut an interval of integers into quarters until it holds what they look for. Sums of
+integers are exact, so no result depends on their order.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leadline.ops.cache_rows.kernel import begin, load_index_rows, starts_early
+from leadline.ops.cache_rows.kernel import begin, load_index_rows, multiprocessors, starts_early
 from leadline.ops.decode_indexer.reference import PAGE_KEYS
 from leadline.ops.opaque import opaque
 
@@ -44,7 +49,7 @@ def ordered(score):
 @triton.jit
 def decode_index_scores_kernel(
     q_TJI, weight_TJ, keys, scales, pages_NP, sequence_T, visible_T, scores_TC, best_TG, J, P, M, C, G,
-    I: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
+    I: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,  # noqa: E741
 ):  # fmt: skip
     """Ordered scores of the keys of one query, and the best of each group of them; nothing for a query whose visible
     entries are all picked."""
@@ -258,15 +263,10 @@ def decode_select_kernel(
 
 
 def for_hopper(q_TJI: Tensor, scales: Tensor | None) -> bool:
-    """Whether the scores kernel of `hopper.py` runs: bfloat16 queries and packed keys of the published widths, and a GPU
-    of that generation."""
+    """Whether the scores kernel of `hopper.py` runs: bfloat16 queries and packed keys of the published widths, and a
+    GPU of that generation."""
     suits = q_TJI.dtype == torch.bfloat16 and scales is not None and q_TJI.shape[1:] == (64, 128)
     return suits and q_TJI.is_cuda and torch.cuda.get_device_capability(q_TJI.device) == (9, 0)
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; the interpreter has few programs."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _scores(

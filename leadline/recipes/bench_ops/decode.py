@@ -87,10 +87,11 @@ def _csa(queries: int, packed: bool) -> Case:
     def run(
         q: Tensor, window: Tensor, window_scales: Tensor | None, window_rows: Tensor,
         entries: Tensor, entry_scales: Tensor | None, sink: Tensor,
-        q_index: Tensor, weight: Tensor, codes: Tensor, scales: Tensor | None, *rest: Any,
+        q_index: Tensor, weight: Tensor, codes: Tensor, scales: Tensor | None,
+        table: Tensor, sequence: Tensor, visible: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         index = codes if scales is None else PackedIndex(codes, scales)
-        _, rows = decode_pick_entries(q_index, weight, index, *rest, PICKS)
+        _, rows = decode_pick_entries(q_index, weight, index, table, sequence, visible, PICKS)
         sources = _keys_of(window, window_scales), _keys_of(entries, entry_scales)
         return decode_attention(q, sources[0], window_rows, sources[1], rows, sink)
 
