@@ -7,6 +7,7 @@ the bytes of the cache that a query has to look at, each once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -102,7 +103,10 @@ def _csa(queries: int, packed: bool) -> Case:
     )  # fmt: skip
 
 
-def _case(layer: str, queries: int, packed: bool, inputs: Any, run: Any, seen: int, scored: int, captured: int) -> Case:
+def _case(
+    layer: str, queries: int, packed: bool,
+    inputs: Callable[..., Inputs], run: Callable[..., Any], seen: int, scored: int, captured: int,
+) -> Case:  # fmt: skip
     """seen: keys attended to. scored: index keys."""
     count = f"{queries} quer{'y' if queries == 1 else 'ies'}"
     key_bytes, index_bytes = (KEY_BYTES, INDEX_BYTES) if packed else (K * BF16, WIDTH * BF16)
