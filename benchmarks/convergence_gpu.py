@@ -104,8 +104,15 @@ class Objective(nn.Module):
         return compute_losses(self.model, segment, targets_T, LossWeights(), training)
 
 
-def train(name: Implementation, seed: int, steps: int, device: torch.device, config: ModelConfig = CONFIG) -> Result:
-    """One run from the start."""
+def train(
+    name: Implementation,
+    seed: int,
+    steps: int,
+    device: torch.device,
+    config: ModelConfig = CONFIG,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Result:
+    """One run from the start; dtype: that of the weights but for those which stay FP32."""
     model = Transformer(config)
     initialize(model, seed)
     model.to(device)
@@ -116,7 +123,7 @@ def train(name: Implementation, seed: int, steps: int, device: torch.device, con
         for step, (segment, targets_T) in enumerate(data):
             masters = dict(objective.named_parameters())
             weights = {
-                key: master if keeps_float32(key.removeprefix("model.")) else master.bfloat16()
+                key: master if keeps_float32(key.removeprefix("model.")) else master.to(dtype)
                 for key, master in masters.items()
             }
             training = Training(dense=step < steps // 4)

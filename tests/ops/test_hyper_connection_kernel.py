@@ -138,11 +138,11 @@ def test_a_token_does_not_depend_on_its_neighbours() -> None:
 
 @pytest.mark.gpu
 def test_a_token_on_the_card_does_not_depend_on_its_neighbours() -> None:
-    """Alone, and among so many that fn is split beforehand and slices are added up in one program."""
+    """Alone, and among so many that slices are added up in one program."""
     x, *parameters = mix_in_inputs(5000, 4, 4096, "cuda")
     x = x.bfloat16()
     alone = into()(x[777:778], *parameters)
-    for many in (5000, 2000, 800):
+    for many in (5000, 2000):
         for all_tokens, single in zip(into()(x[:many], *parameters), alone, strict=True):
             assert torch.equal(all_tokens[777:778], single)
 

@@ -9,38 +9,17 @@ import triton.language as tl
 
 
 @triton.jit
-def terms_of(x):
-    """FP32 x as a sum: high + middle + low, each in bfloat16."""
-    high = x.to(tl.bfloat16)
-    rest = x - high.to(tl.float32)
-    middle = rest.to(tl.bfloat16)
-    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
-
-
-@triton.jit
 def dot(a, b, total):
-    """total + a b, with FP32 b; bfloat16 a is exact as it is, and meets the terms of b."""
+    """total + a b, with FP32 b. bfloat16 a is exact as it is; b = high + middle + low, each in bfloat16."""
     if a.dtype == tl.bfloat16:
-        high, middle, low = terms_of(b)
+        high = b.to(tl.bfloat16)
+        rest = b - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
         total = tl.dot(a, low, total)
         total = tl.dot(a, middle, total)
         return tl.dot(a, high, total)
     return tl.dot(a.to(tl.float32), b, total, input_precision="ieee")
-
-
-@triton.jit
-def hyper_connection_terms_fwd_kernel(
-    fn_ptr,
-    terms_ptr,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The terms of fn, one array behind the other."""
-    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    high, middle, low = terms_of(tl.load(fn_ptr + places, mask=places < SIZE, other=0.0))
-    tl.store(terms_ptr + places, high, mask=places < SIZE)
-    tl.store(terms_ptr + SIZE + places, middle, mask=places < SIZE)
-    tl.store(terms_ptr + 2 * SIZE + places, low, mask=places < SIZE)
 
 
 @triton.jit
@@ -53,7 +32,6 @@ def _next_slice(begins, total, part):
 def hyper_connection_projection_fwd_kernel(
     x_ptr,
     fn_ptr,
-    terms_ptr,
     partial_ptr,
     T,
     WIDTH: tl.constexpr,
@@ -65,7 +43,7 @@ def hyper_connection_projection_fwd_kernel(
     BLOCK_WIDTH: tl.constexpr,
 ):
     """partial[part, t, :ROWS] = X_t fn^T and partial[part, t, ROWS] = |X_t|^2 over TOGETHER slices of X_t, added one
-    after the other. terms: those of fn, or None, where they are worked out here."""
+    after the other."""
     # Slices of a block of tokens are neighbours, and the last tokens come first; see kernel.py.
     block = tl.num_programs(1) - 1 - tl.program_id(1)
     tokens = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -80,14 +58,9 @@ def hyper_connection_projection_fwd_kernel(
         columns = tl.program_id(0) * TOGETHER * SLICE + start + tl.arange(0, BLOCK_WIDTH)
         inside = (tokens < T)[:, None] & (columns < WIDTH)[None, :]
         x = tl.load(x_ptr + tokens[:, None] * WIDTH + columns[None, :], mask=inside, other=0.0)
-        places = rows[None, :] * WIDTH + columns[:, None]
         inside = (rows < ROWS)[None, :] & (columns < WIDTH)[:, None]
-        if terms_ptr is None:
-            products = dot(x, tl.load(fn_ptr + places, mask=inside, other=0.0), products)
-        else:
-            for term in tl.static_range(2, -1, -1):
-                part = tl.load(terms_ptr + term * ROWS * WIDTH + places, mask=inside, other=0.0)
-                products = tl.dot(x, part, products)
+        fn = tl.load(fn_ptr + rows[None, :] * WIDTH + columns[:, None], mask=inside, other=0.0)
+        products = dot(x, fn, products)
         x = x.to(tl.float32)
         squares += tl.sum(x * x, axis=1)
     result = tl.where((rows == ROWS)[None, :], (total_squares + squares)[:, None], total_products + products)

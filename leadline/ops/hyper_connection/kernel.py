@@ -24,12 +24,11 @@ Into a sublayer there are two steps:
 The head of the network is a `mix_in` of which only pre and y are wanted; fn has S rows there.
 
 Products are as exact as in FP32. fn is an FP32 parameter; against bfloat16 streams it is split into three bfloat16
-terms whose sum it is, for three passes of the tensor cores: a quarter of the time of FP32 arithmetic. When many tokens
-are to come, it is split beforehand.
+terms whose sum it is, for three passes of the tensor cores: a quarter of the time of FP32 arithmetic.
 
 Not worth it, as measured: the projection of X' within `mix_out`, and in the backward `mix_out` within the `mix_in` that
 follows it. Each would save a trip of the streams; the products, and the S + S x S sums over a token's columns, cost a
-program more registers and barriers than the trip takes.
+program more registers and barriers than the trip takes. To split fn beforehand takes as long as it saves.
 
 Sums over tokens (gradients of fn, base, scale) go through partial sums of fixed runs of tokens, added in order.
 """
@@ -56,7 +55,6 @@ from leadline.ops.hyper_connection.forward_kernels import (
     hyper_connection_in_fwd_kernel,
     hyper_connection_out_fwd_kernel,
     hyper_connection_projection_fwd_kernel,
-    hyper_connection_terms_fwd_kernel,
 )
 from leadline.ops.opaque import opaque
 
@@ -114,22 +112,14 @@ def _tile(x_TSD: Tensor, tile: Tile) -> Tile:
 def _project(x_TSD: Tensor, fn: Tensor) -> tuple[Tensor, int]:
     """(partial products and sums of squares, [parts, T, rows of a block]; how many of them to add up first)."""
     num_tokens, width, block_rows = x_TSD.shape[0], x_TSD.shape[1] * x_TSD.shape[2], _rows_of_block(len(fn))
-    terms = _terms(fn) if num_tokens >= MANY_TOKENS and x_TSD.dtype == torch.bfloat16 else None
     together = SLICES_TOGETHER if num_tokens >= VERY_MANY_TOKENS else 1
     parts = triton.cdiv(width, SLICE * together)
     partial = torch.empty(parts, num_tokens, block_rows, device=x_TSD.device)
     hyper_connection_projection_fwd_kernel[(parts, triton.cdiv(num_tokens, PROJECTION.tokens))](
-        x_TSD, fn, terms, partial, num_tokens, width, len(fn), SLICE, together, PROJECTION.tokens, block_rows,
+        x_TSD, fn, partial, num_tokens, width, len(fn), SLICE, together, PROJECTION.tokens, block_rows,
         PROJECTION.columns, num_warps=PROJECTION.num_warps, num_stages=PROJECTION.num_stages,
     )  # fmt: skip
     return partial, SLICES_TOGETHER // together
-
-
-def _terms(fn: Tensor) -> Tensor:
-    """Three bfloat16 arrays like fn, whose sum it is."""
-    terms = torch.empty(3, *fn.shape, dtype=torch.bfloat16, device=fn.device)
-    hyper_connection_terms_fwd_kernel[(triton.cdiv(fn.numel(), BLOCK_D),)](fn, terms, fn.numel(), BLOCK_D, num_warps=4)
-    return terms
 
 
 def _collapse(
