@@ -1,0 +1,212 @@
+"""The engine against transformers' generate on CPU cores: decoding, and the time to the first token.
+
+usage: python benchmarks/engine_cpu.py [--quick] [--machine SLUG] [--threads N] [--out FILE]
+
+Both sides get the small model of `peers_cpu.py` with the same random weights in FP32, in one process, one after the
+other. First the gate: the greedy continuation of one prompt must be the same on both sides; when it is not, nothing is
+timed. Then:
+
+- *decode, batch N*: N prompts of 1,024 tokens are read, then 64 tokens of each are drawn greedily; tokens per second
+  of the drawing alone. transformers' side is the time of `generate` for 65 new tokens less that for one;
+- *first token*: seconds from a prompt of 8,192 tokens to the first token of its answer.
+
+Each number is the best of three runs. The result is one JSON object per measurement, as `tools/readme.py` wants it, in
+`benchmarks/results/<machine>/engine_cpu.jsonl`; with `--quick` everything is small and the file goes to `runs/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers_cpu import PEER, LeadlineSide, Run, TransformersSide, machine_slug, random_tokens, this_run
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from leadline.engine.engine import Engine, Settings
+from leadline.engine.pages import pages_for
+from leadline.engine.prefix import WindowPolicy
+from leadline.engine.request import Request, Sampling
+from leadline.model.page_table import PAGE_TOKENS
+
+ROOT = Path(__file__).resolve().parent.parent
+GREEDY = Sampling(temperature=0.0)
+
+
+class BenchmarkError(ValueError):
+    """The two sides do not do the same work."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """decode_prompt, first_prompt: tokens of the prompts; new: tokens drawn of each; repeats: runs of each number."""
+
+    decode_prompt: int = 1024
+    first_prompt: int = 8192
+    new: int = 64
+    repeats: int = 3
+
+
+QUICK = Sizes(decode_prompt=130, first_prompt=300, new=4, repeats=1)
+
+
+def prompts(count: int, length: int) -> list[tuple[int, ...]]:
+    """Different texts, so that no prefix is shared."""
+    tokens = random_tokens(count * length).tolist()
+    return [tuple(tokens[start : start + length]) for start in range(0, count * length, length)]
+
+
+# -- leadline ------------------------------------------------------------------------------------------------------
+
+
+def our_engine(side: LeadlineSide, count: int, tokens: int) -> Engine:
+    settings = Settings(slots=count, pages=count * (pages_for(tokens, PAGE_TOKENS) + 2), policy=WindowPolicy("zero"))
+    return Engine(side.model, settings)
+
+
+def our_answer(side: LeadlineSide, prompt: tuple[int, ...], new: int) -> list[int]:
+    engine = our_engine(side, 1, len(prompt) + new)
+    engine.submit(Request(prompt, new, GREEDY))
+    return [token.id for _ in iter(lambda: engine.busy, False) for event in engine.step() for token in event.tokens]
+
+
+def our_decoding(side: LeadlineSide, batch: int, sizes: Sizes) -> float:
+    """Tokens per second once every prompt has been read."""
+    engine = our_engine(side, batch, sizes.decode_prompt + sizes.new + 1)
+    for prompt in prompts(batch, sizes.decode_prompt):
+        engine.submit(Request(prompt, 10**6, GREEDY))
+    while not engine.running or any(sequence.pending > 1 for sequence in engine.running) or engine.waiting:
+        engine.step()
+    start, drawn = time.perf_counter(), 0
+    for _ in range(sizes.new):
+        drawn += sum(len(event.tokens) for event in engine.step())
+    return drawn / (time.perf_counter() - start)
+
+
+def our_first_token(side: LeadlineSide, sizes: Sizes) -> float:
+    (prompt,) = prompts(1, sizes.first_prompt)
+    engine = our_engine(side, 1, sizes.first_prompt + 1)
+    start = time.perf_counter()
+    engine.submit(Request(prompt, 1, GREEDY))
+    while not any(event.tokens for event in engine.step()):
+        pass
+    return time.perf_counter() - start
+
+
+# -- transformers --------------------------------------------------------------------------------------------------
+
+
+def their_tokens(side: TransformersSide, tokens_NT: Tensor, new: int) -> Tensor:
+    with torch.no_grad():
+        found = side.model.generate(  # pyright: ignore[reportCallIssue]
+            tokens_NT,
+            attention_mask=torch.ones_like(tokens_NT),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    return found[:, tokens_NT.shape[1] :]
+
+
+def their_seconds(side: TransformersSide, batch: int, length: int, new: int) -> float:
+    tokens_NT = torch.tensor(prompts(batch, length))
+    start = time.perf_counter()
+    their_tokens(side, tokens_NT, new)
+    return time.perf_counter() - start
+
+
+def their_decoding(side: TransformersSide, batch: int, sizes: Sizes) -> float:
+    """Tokens per second of all but the first token."""
+    reading = their_seconds(side, batch, sizes.decode_prompt, 1)
+    both = their_seconds(side, batch, sizes.decode_prompt, sizes.new + 1)
+    return batch * sizes.new / (both - reading)
+
+
+# -- the run -------------------------------------------------------------------------------------------------------
+
+
+def gate(ours: LeadlineSide, theirs: TransformersSide) -> None:
+    """BenchmarkError when the greedy continuations differ."""
+    (prompt,) = prompts(1, 200)
+    found, expected = our_answer(ours, prompt, 12), their_tokens(theirs, torch.tensor([prompt]), 12)[0].tolist()
+    if found != expected:
+        raise BenchmarkError(f"greedy continuations differ: leadline {found}, transformers {expected}")
+
+
+def rows(ours: LeadlineSide, theirs: TransformersSide, sizes: Sizes, advance: Callable[[str], None]) -> list[Any]:
+    """One row per measurement, in the README's columns."""
+
+    def best(measure: Callable[[], float], choose: Callable[..., float]) -> float:
+        return choose(measure() for _ in range(sizes.repeats))
+
+    found: list[dict[str, str]] = []
+    for batch in (1, 16):
+        advance(f"decode, batch {batch}")
+        mine = best(lambda batch=batch: our_decoding(ours, batch, sizes), max)
+        other = best(lambda batch=batch: their_decoding(theirs, batch, sizes), max)
+        what = f"decode after {sizes.decode_prompt:,} tokens, batch {batch}, tokens/s"
+        found.append(_row(what, f"{mine:,.1f}", f"{other:,.1f}", mine / other))
+    advance("first token")
+    mine = best(lambda: our_first_token(ours, sizes), min)
+    other = best(lambda: their_seconds(theirs, 1, sizes.first_prompt, 1), min)
+    what = f"first token of a prompt of {sizes.first_prompt:,}, s"
+    found.append(_row(what, f"{mine:.2f}", f"{other:.2f}", other / mine))
+    return found
+
+
+def _row(what: str, ours: str, theirs: str, ratio: float) -> dict[str, str]:
+    return {"what": what, "leadline": ours, "transformers": theirs, "times faster": f"{ratio:.2f}"}
+
+
+def benchmark(sizes: Sizes, threads: int, out: Path) -> list[dict[str, Any]]:
+    """Gate, measure, store; returns the stored lines."""
+    torch.set_num_threads(threads)
+    console = Console(stderr=True)
+    ours, theirs = LeadlineSide(), TransformersSide()
+    gate(ours, theirs)
+    run: Run = this_run(threads)
+    shared = {
+        "benchmark": "engine_cpu",
+        "title": f"The engine against transformers' generate on {threads} CPU cores, FP32",
+        "command": "python benchmarks/engine_cpu.py",
+        "machine": run.machine,
+        "time": run.time,
+        "commit": run.commit,
+        "versions": run.versions,
+    }
+    lines = [shared | {"row": row} for row in rows(ours, theirs, sizes, console.print)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a", encoding="utf8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    table = Table(*lines[0]["row"])
+    for line in lines:
+        table.add_row(*line["row"].values())
+    console.print(table)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, to try the benchmark out; into runs/")
+    parser.add_argument("--machine", help="name of the result folder")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    folder = ROOT / "benchmarks" / "results" / (options.machine or machine_slug())
+    default = Path("runs/engine_cpu.jsonl") if options.quick else folder / "engine_cpu.jsonl"
+    benchmark(QUICK if options.quick else Sizes(), options.threads, options.out or default)
+
+
+if __name__ == "__main__":
+    main()
