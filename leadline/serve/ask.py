@@ -307,20 +307,21 @@ def _checked_tools(ask: Ask) -> Sequence[Mapping[str, Any]]:
 
 
 def _form(service: Service, ask: Ask) -> Format | None:
-    """The form of the answer, if it has to have one: a call, a JSON value, or, where both are possible, either."""
+    """The form of the answer, if it has to have one: calls, a JSON value, either, or any text with strict calls."""
     schemas = [tool["function"].get("parameters") for tool in ask.tools] + [ask.response_format]
     if len(json.dumps(schemas, default=str)) > service.limits.grammar_bytes and _needs_form(ask):
         raise Refused(400, f"the schemas are longer than {service.limits.grammar_bytes:,} characters", param="tools")
     value = _json_form(ask.response_format)
-    allowed = [
-        tool for tool in ask.tools if ask.tool_choice.names is None or tool["function"]["name"] in ask.tool_choice.names
-    ]
+    names, kind = ask.tool_choice.names, ask.tool_choice.kind
+    tools = [tool for tool in ask.tools if names is None or tool["function"]["name"] in names]
     try:
-        if ask.tool_choice.kind == "required":
-            return service.grammars.calls(allowed, ask.parallel)
-        if value is None or ask.tool_choice.kind == "none" or not allowed:
+        if kind == "required":
+            return service.grammars.calls(tools, ask.parallel)
+        if kind == "none" or not tools:
             return value
-        return either(value, service.grammars.calls(allowed, ask.parallel))
+        if value is not None:
+            return either(value, service.grammars.calls(tools, ask.parallel))
+        return service.grammars.text_or_calls(tools, ask.parallel) if _is_strict(ask) else None
     except GrammarError as error:
         raise Refused(400, str(error), param="tools") from None
     except RecursionError:
@@ -328,7 +329,12 @@ def _form(service: Service, ask: Ask) -> Format | None:
 
 
 def _needs_form(ask: Ask) -> bool:
-    return ask.tool_choice.kind == "required" or _json_form(ask.response_format) is not None
+    return ask.tool_choice.kind == "required" or _is_strict(ask) or _json_form(ask.response_format) is not None
+
+
+def _is_strict(ask: Ask) -> bool:
+    """Whether calls are to fit their schemas also where the model is free to call nothing."""
+    return any(tool["function"].get("strict") is True for tool in ask.tools)
 
 
 def _json_form(response_format: Mapping[str, Any] | None) -> Format | None:

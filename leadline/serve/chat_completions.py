@@ -12,6 +12,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -23,7 +24,7 @@ from leadline.serve.ask import Ask, mode_of, open_replies, sampling_of, stops_of
 from leadline.serve.fields import Positive, Sampled, Tool
 from leadline.serve.http import EventStream, error_body, sse, unless_gone
 from leadline.serve.limits import Refused
-from leadline.serve.reply import Ending, Reply, Said, Step, merged
+from leadline.serve.reply import Ending, Reply, Said, Step, close_all, merged
 from leadline.serve.service import Service
 from leadline.text.events import ArgumentsDelta, CallBegin, ContentDelta, Event, ReasoningDelta
 from leadline.text.tokenizer import Tokenizer, TokenizerError
@@ -113,7 +114,9 @@ def router(service: Service) -> APIRouter:
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             chunks = _Chunks(service, replies, usage).stream()
-            return EventStream(chunks, service.limits.send_s, body.ignored())
+            return EventStream(
+                chunks, send_s=service.limits.send_s, on_end=lambda: close_all(replies), headers=body.ignored()
+            )
         return await unless_gone(request, _answer(service, replies, body.ignored()))
 
     return routes
@@ -183,9 +186,10 @@ class _Chunks:
         for number in range(len(self._replies)):
             yield self._chunk(number, {"role": "assistant", "content": ""})
         try:
-            async for number, step in merged(self._replies):
-                for chunk in self._end(number) if step is None else self._step(number, step):
-                    yield chunk
+            async with aclosing(merged(self._replies)) as steps:
+                async for number, step in steps:
+                    for chunk in self._end(number) if step is None else self._step(number, step):
+                        yield chunk
         except Refused as error:
             yield sse(error_body(_PATH, error))
             return

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from leadline.serve.chat_completions import StreamOptions, endings, new_id, spel
 from leadline.serve.fields import Positive, Sampled, Text
 from leadline.serve.http import EventStream, error_body, sse, unless_gone
 from leadline.serve.limits import Refused
-from leadline.serve.reply import Reply, Said, Step, merged
+from leadline.serve.reply import Reply, Said, Step, close_all, merged
 from leadline.serve.service import Service
 from leadline.text.events import ContentDelta
 from leadline.text.tokenizer import BOS_TOKEN, Control, TokenizerError
@@ -74,7 +75,10 @@ def router(service: Service) -> APIRouter:
             raise Refused(400, "echo goes with one prompt that is text", param="echo")
         replies = _open(service, body, request.state.namespace)
         if body.stream:
-            return EventStream(_stream(service, replies, body), service.limits.send_s, body.ignored())
+            chunks = _stream(service, replies, body)
+            return EventStream(
+                chunks, send_s=service.limits.send_s, on_end=lambda: close_all(replies), headers=body.ignored()
+            )
         return await unless_gone(request, _answer(service, replies, body))
 
     return routes
@@ -128,11 +132,12 @@ async def _stream(service: Service, replies: Sequence[Reply], body: CompletionRe
         for number in range(len(replies)):
             yield chunk(number, str(body.prompt))
     try:
-        async for number, step in merged(replies):
-            if step is None:
-                yield chunk(number, "", finish=endings([replies[number]])[0].reason)
-            else:
-                yield chunk(number, _text(step), _logprobs(service, step.said))
+        async with aclosing(merged(replies)) as steps:
+            async for number, step in steps:
+                if step is None:
+                    yield chunk(number, "", finish=endings([replies[number]])[0].reason)
+                else:
+                    yield chunk(number, _text(step), _logprobs(service, step.said))
     except Refused as error:
         yield sse(error_body(_PATH, error))
         return

@@ -36,6 +36,7 @@ Schema = Mapping[str, Any]
 _MOST_SPACE = 40
 # Characters that a grammar counts one by one.
 _MOST_COUNTED = 4096
+_ANY_TEXT = r"[\s\S]*"
 _ANY_OBJECT: Schema = {"type": "object"}
 
 
@@ -94,6 +95,11 @@ class Grammars:
         some: Format = {"type": "plus", "content": one} if parallel else one
         return _sequence("\n\n<", self._dsml, "tool_calls>\n", some, "</", self._dsml, "tool_calls>")
 
+    def text_or_calls(self, tools: Sequence[Mapping[str, Any]], parallel: bool) -> Format:
+        """The form of a reply that says what it likes, and whose calls, if it ends with some, are as in `calls`."""
+        calls: Format = {"type": "optional", "content": self.calls(tools, parallel)}
+        return _sequence({"type": "regex", "pattern": _ANY_TEXT}, calls)
+
     @property
     def _dsml(self) -> Format:
         return {"type": "token", "token": self._dsml_id}
@@ -150,8 +156,8 @@ class Mask:
         self._bits = xgrammar.allocate_token_bitmask(1, vocab_size)
 
     def allowed(self) -> Tensor | None:
-        """bool [V]: the tokens that may come next."""
-        if self._free_V is not None:
+        """bool [V]: the tokens that may come next; None behind the end of the turn."""
+        if self._free_V is not None or self._matcher.is_terminated():
             return self._free_V
         xgrammar.reset_token_bitmask(self._bits)
         self._matcher.fill_next_token_bitmask(self._bits)

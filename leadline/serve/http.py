@@ -130,16 +130,25 @@ def sse(data: Any, event: str | None = None) -> str:
 class EventStream(Response):
     """A response of server-sent events.
 
-    chunks: closed when the client is gone, or leaves what was sent unread for `send_s` seconds. When nothing comes for
-    a while, as before the first token of a long prompt, a comment keeps the connection open.
+    chunks: closed, and `on_end` called, at the end, when the client is gone, or when it leaves what was sent unread for
+    `send_s` seconds. When nothing comes for a while, as before the first token of a long prompt, a comment keeps the
+    connection open.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[str, None], send_s: float, headers: dict[str, str] | None = None):
+    def __init__(
+        self,
+        chunks: AsyncGenerator[str, None],
+        *,
+        send_s: float,
+        on_end: Callable[[], None],
+        headers: dict[str, str] | None = None,
+    ):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
         del self.headers["content-length"]
-        self._chunks, self._send_s = chunks, send_s
+        self._chunks, self._send_s, self._on_end = chunks, send_s, on_end
+        self._sending, self._quiet = asyncio.Lock(), True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writing = asyncio.ensure_future(self._write(send))
@@ -147,29 +156,30 @@ class EventStream(Response):
             await _first_of(writing, _gone(receive))
         finally:
             await self._chunks.aclose()
+            self._on_end()
 
     async def _write(self, send: Send) -> None:
-        async def put(text: str, more: bool = True) -> None:
-            async with asyncio.timeout(self._send_s):
-                await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
-
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        following = asyncio.ensure_future(anext(self._chunks, None))
+        beating = asyncio.ensure_future(self._beat(send))
         try:
-            while True:
-                done, _ = await asyncio.wait({following}, timeout=_QUIET_S)
-                if not done:
-                    await put(": still working\n\n")
-                    continue
-                chunk = following.result()
-                if chunk is None:
-                    break
-                await put(chunk)
-                following = asyncio.ensure_future(anext(self._chunks, None))
-            await put("", more=False)
+            async for chunk in self._chunks:
+                self._quiet = False
+                await self._put(send, chunk)
+            await self._put(send, "", more=False)
         finally:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
+            beating.cancel()
+            await asyncio.gather(beating, return_exceptions=True)
+
+    async def _beat(self, send: Send) -> None:
+        while True:
+            self._quiet = True
+            await asyncio.sleep(_QUIET_S)
+            if self._quiet:
+                await self._put(send, ": still working\n\n")
+
+    async def _put(self, send: Send, text: str, more: bool = True) -> None:
+        async with self._sending, asyncio.timeout(self._send_s):
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
 
 
 async def unless_gone(request: Request, answer: Awaitable[Response]) -> Response:

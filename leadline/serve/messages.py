@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -128,7 +129,8 @@ def router(service: Service) -> APIRouter:
         service.require_model(body.model)
         (reply,) = await open_replies(service, body.ask(service), request.state.namespace)
         if body.stream:
-            return EventStream(_stream(service, reply), service.limits.send_s, body.ignored())
+            chunks = _stream(service, reply)
+            return EventStream(chunks, send_s=service.limits.send_s, on_end=reply.close, headers=body.ignored())
         return await unless_gone(request, _answer(service, reply, body.ignored()))
 
     @routes.post(f"{_PATH}/count_tokens")
@@ -263,9 +265,10 @@ async def _stream(service: Service, reply: Reply) -> AsyncGenerator[str, None]:
     yield _event("message_start", message={**_frame(service), "usage": start})
     blocks = Blocks()
     try:
-        async for step in reply.steps():
-            for change in blocks.feed(step.events):
-                yield _change(*change)
+        async with aclosing(reply.steps()) as steps:
+            async for step in steps:
+                for change in blocks.feed(step.events):
+                    yield _change(*change)
     except Refused as error:
         yield sse(error_body(_PATH, error), "error")
         return

@@ -10,7 +10,8 @@ import asyncio
 import codecs
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -145,7 +146,7 @@ class Reply:
         """Known after the last step."""
         self._stream = service.worker.submit(request)
 
-    async def steps(self) -> AsyncIterator[Step]:
+    async def steps(self) -> AsyncGenerator[Step, None]:
         """The answer, step by step. Raises Refused when the engine gives it up. However this is left, the sequence has
         ended then."""
         reason = Finish.STOP
@@ -264,8 +265,20 @@ def _without_end(events: list[Event]) -> list[Event]:
     return [event for event in events if not isinstance(event, EndOfTurn)]
 
 
-async def merged(replies: Sequence[Reply]) -> AsyncIterator[tuple[int, Step | None]]:
+def close_all(replies: Iterable[Reply]) -> None:
+    """Nobody reads these answers any more; without effect on those that have ended."""
+    for reply in replies:
+        reply.close()
+
+
+async def merged(replies: Sequence[Reply]) -> AsyncGenerator[tuple[int, Step | None], None]:
     """Steps of several answers as they come, each with the answer's number; None in place of a step: it has ended."""
+    if len(replies) == 1:
+        async with aclosing(replies[0].steps()) as steps:
+            async for step in steps:
+                yield 0, step
+        yield 0, None
+        return
     queue: asyncio.Queue[tuple[int, Step | None] | BaseException] = asyncio.Queue()
 
     async def read(number: int, reply: Reply) -> None:
@@ -289,5 +302,4 @@ async def merged(replies: Sequence[Reply]) -> AsyncIterator[tuple[int, Step | No
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for reply in replies:
-            reply.close()
+        close_all(replies)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -93,7 +94,8 @@ def router(service: Service) -> APIRouter:
         (reply,) = await open_replies(service, ask, request.state.namespace)
         answer = _Answer(service, body, ask, reply)
         if body.stream:
-            return EventStream(answer.stream(), service.limits.send_s, body.ignored())
+            chunks = answer.stream()
+            return EventStream(chunks, send_s=service.limits.send_s, on_end=reply.close, headers=body.ignored())
         return await unless_gone(request, answer.whole())
 
     return routes
@@ -182,10 +184,11 @@ class _Answer:
         yield self._event("response.created", response=self._response(None))
         yield self._event("response.in_progress", response=self._response(None))
         try:
-            async for step in self._reply.steps():
-                for change in self._blocks.feed(step.events):
-                    for event in self._change(*change):
-                        yield event
+            async with aclosing(self._reply.steps()) as steps:
+                async for step in steps:
+                    for change in self._blocks.feed(step.events):
+                        for event in self._change(*change):
+                            yield event
         except Refused as error:
             failed = {"code": "server_error", "message": str(error)}
             response = {**self._response(None), "status": "failed", "error": failed}

@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from leadline.engine.engine import Engine
 from leadline.engine.request import Request, RequestError
@@ -57,6 +57,9 @@ class Stream:
         if self._ended:
             raise StopAsyncIteration
         event = await self._events.get()
+        while not self._events.empty():  # whoever is behind catches up in one stride
+            following = self._events.get_nowait()
+            event = replace(following, tokens=event.tokens + following.tokens)
         self._ended = event.finish is not None
         return event
 

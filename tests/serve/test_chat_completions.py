@@ -55,9 +55,10 @@ def streamed(client: OpenAI, **ask: Any) -> tuple[list[dict[str, Any]], Any]:
             message["content"] += choice.delta.content or ""
             message["reasoning_content"] += getattr(choice.delta, "reasoning_content", None) or ""
             for call in choice.delta.tool_calls or []:
+                function: Any = call.function
                 if call.id:
-                    message["calls"].append([call.function.name, ""])
-                message["calls"][call.index][1] += call.function.arguments or ""
+                    message["calls"].append([function.name, ""])
+                message["calls"][call.index][1] += function.arguments or ""
             message["finish"] = choice.finish_reason
     return [messages[index] for index in sorted(messages)], usage
 
@@ -78,7 +79,7 @@ class TestAnswers:
         )
         assert prompt.opens is not None
         parser = TokenParser(tokenizer, prompt.opens)
-        expected = message_of([*parser.feed(alone(request)), *parser.finish()])
+        expected: Any = message_of([*parser.feed(alone(request)), *parser.finish()])
         answer = openai_client.chat.completions.create(**ASK, extra_body=mode).choices[0]
         assert answer.message.content == expected["content"]
         assert (getattr(answer.message, "reasoning_content", None) or "") == expected["reasoning_content"]
@@ -277,6 +278,14 @@ class TestTools:
         answer = openai_client.chat.completions.create(**ASK, **extra, logit_bias=bias, extra_body=QUIET).choices[0]
         assert answer.message.tool_calls is None
         assert answer.message.content
+
+    def test_strict_tools_are_checked_also_where_no_call_is_due(self, server: Any) -> None:
+        function = {"name": "f", "strict": True, "parameters": {"type": 3}}
+        body = {**ASK, **QUIET, "max_tokens": 4, "tools": [{"type": "function", "function": function}]}
+        answer = server.post("/v1/chat/completions", body)
+        assert (answer.status_code, "enforced" in answer.text) == (400, True)
+        function["parameters"] = {"type": "object", "properties": {}}
+        assert server.post("/v1/chat/completions", body).json()["choices"][0]["message"]["content"]
 
     @pytest.mark.parametrize("extra", [QUIET, THINKS])
     def test_a_schema_is_enforced(self, openai_client: OpenAI, extra: Any) -> None:

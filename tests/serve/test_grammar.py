@@ -94,6 +94,29 @@ def test_several_tools_and_calls(grammars: Grammars, tokenizer: Tokenizer) -> No
     assert max(len(names) for names in seen) > 1
 
 
+def test_any_text_may_come_before_strict_calls(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    grammar = grammars.compile(grammars.text_or_calls([tool("f", object_of())], parallel=False))
+    mask = grammars.mask(grammar, thinking=False)
+    dsml, eos = tokenizer.token_id("｜DSML｜"), tokenizer.eos_id
+
+    def allows(id: int) -> bool:
+        allowed_V = mask.allowed()
+        assert allowed_V is not None
+        return bool(allowed_V[id])
+
+    assert allows(eos)
+    for id in tokenizer.encode("I will look.\n\n<"):
+        assert allows(id)
+        assert not allows(dsml)
+        mask.accept(id)
+    assert allows(eos)  # it may still be text
+    assert allows(dsml)
+    mask.accept(dsml)
+    assert not allows(eos)
+    ids = walk(tokenizer, mask, random.Random(0))
+    assert tokenizer.decode(ids).startswith('tool_calls>\n<｜DSML｜invoke name="f">\n')
+
+
 def test_a_value_cannot_forge_the_end_of_its_parameter(grammars: Grammars, tokenizer: Tokenizer) -> None:
     grammar = grammars.compile(grammars.calls([tool("f", object_of(a={"type": "string"}))], parallel=False))
     mask = grammars.mask(grammar, thinking=False)
@@ -177,7 +200,7 @@ def test_ids_that_stand_for_nothing_are_known(grammars: Grammars, tokenizer: Tok
         {"$ref": "#/nowhere"},
         {"anyOf": [object_of()]},
         object_of(a=3),
-        object_of(**{'a"b': {"type": "integer"}}),
+        {"type": "object", "properties": {'a"b': {"type": "integer"}}},
         object_of(a={"type": "string", "pattern": "("}),
         object_of(a={"type": "string", "maxLength": 10**9}),
         object_of(a={"type": "string", "minLength": -1}),

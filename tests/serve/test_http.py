@@ -62,6 +62,20 @@ class TestGate:
         assert answer.status_code == 400
         assert answer.json()["error"]["message"]
 
+    @pytest.mark.parametrize("depth", [200, 480, 700, 900, 960, 980, 990])
+    def test_deep_values_are_refused_or_served(self, server: Any, depth: int) -> None:
+        deep = '{"a":' * depth + "1" + "}" * depth
+        messages = '"messages": [{"role": "user", "content": "a"}]'
+        for fields in (
+            f'"messages": [{{"role": "user", "content": {deep}}}]',
+            f'{messages}, "response_format": {deep}',
+            f'{messages}, "tools": [{{"function": {{"name": "f", "x": {deep}}}}}]',
+            f'{messages}, "tool_choice": {deep}',
+            f'{messages}, "frobnicate": {deep}',
+        ):
+            answer = server.raw(PATH, b'{"max_tokens": 1, %b}' % fields.encode())
+            assert answer.status_code in (200, 400)
+
     def test_only_json_is_read(self, server: Any) -> None:
         # Web pages may send text to any server without asking; JSON they may not.
         answer = server.raw(PATH, json.dumps(ASK).encode(), **{"content-type": "text/plain"})
@@ -119,6 +133,7 @@ class TestHangingUp:
 
     def test_a_slow_client_counts_as_gone(self) -> None:
         closed: list[bool] = []
+        ended: list[bool] = []
 
         async def chunks() -> AsyncGenerator[str, None]:
             try:
@@ -136,8 +151,44 @@ class TestHangingUp:
                 if message["type"] == "http.response.body":
                     await asyncio.sleep(60)
 
+            stream = EventStream(chunks(), send_s=0.05, on_end=lambda: ended.append(True))
             with pytest.raises(TimeoutError):
-                await EventStream(chunks(), send_s=0.05)({"type": "http"}, receive, send)
+                await stream({"type": "http"}, receive, send)
 
         asyncio.run(run())
-        assert closed == [True]
+        assert closed == ended == [True]
+
+    def test_a_client_that_is_gone_before_the_first_chunk_is_noticed(self) -> None:
+        ended: list[bool] = []
+
+        async def chunks() -> AsyncGenerator[str, None]:
+            yield sse("never read")
+
+        async def receive() -> Message:
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            await asyncio.sleep(60)
+
+        stream = EventStream(chunks(), send_s=60, on_end=lambda: ended.append(True))
+        asyncio.run(stream({"type": "http"}, receive, send))
+        assert ended == [True]
+
+    def test_a_quiet_stream_shows_that_it_is_alive(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("leadline.serve.http._QUIET_S", 0.01)
+        bodies: list[bytes] = []
+
+        async def chunks() -> AsyncGenerator[str, None]:
+            await asyncio.sleep(0.2)
+            yield sse("at last")
+
+        async def receive() -> Message:
+            await asyncio.sleep(60)
+            raise AssertionError("nobody hangs up")
+
+        async def send(message: Message) -> None:
+            bodies.append(message.get("body", b""))
+
+        asyncio.run(EventStream(chunks(), send_s=1, on_end=lambda: None)({"type": "http"}, receive, send))
+        assert bodies.count(b": still working\n\n") > 1
+        assert bodies[-2:] == [b"data: at last\n\n", b""]
