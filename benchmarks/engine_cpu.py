@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers_cpu import PEER, LeadlineSide, Run, TransformersSide, machine_slug, random_tokens, this_run
+from peers_cpu import LeadlineSide, Run, TransformersSide, machine_slug, random_tokens, this_run
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -106,7 +106,7 @@ def our_first_token(side: LeadlineSide, sizes: Sizes) -> float:
 
 def their_tokens(side: TransformersSide, tokens_NT: Tensor, new: int) -> Tensor:
     with torch.no_grad():
-        found = side.model.generate(  # pyright: ignore[reportCallIssue]
+        found = side.model.generate(  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
             tokens_NT,
             attention_mask=torch.ones_like(tokens_NT),
             max_new_tokens=new,

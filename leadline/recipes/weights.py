@@ -17,9 +17,9 @@ time: the same command again keeps what was complete. The new folder has its nam
   bf16  nothing quantised
 
 without one, every tensor keeps its format. fp4 to fp8 to bf16 changes no value, the other way rounds to nearest.
-naming: official, transformers or transformers_saved (what its save_pretrained writes); without one, names stay. Official
-names are those that vLLM and SGLang read, and transformers too; transformers' own names in fp8 or fp4 are for its GPU
-modules only. scales: float32 or e8m0, for engines that want others than the format was released with.
+naming: official, transformers or transformers_saved (what its save_pretrained writes); without one, names stay.
+Official names are those that vLLM and SGLang read, and transformers too; transformers' own names in fp8 or fp4 are for
+its GPU modules only. scales: float32 or e8m0, for engines that want others than the format was released with.
 
 verify compares the values of two folders, over formats and names, and shows the tensors that are furthest apart.
 tolerance: the largest |a - b| / |b| of a tensor that passes, in the Euclidean norm; without one, 0.
