@@ -10,14 +10,12 @@ them hold what is decided outside, in `quant/policy.py` and by the files of a ch
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from leadline.ops.invariance import is_batch_invariant, rows_times
-from leadline.ops.precision import wide
+from leadline.ops.precision import ExactProduct, wide
 from leadline.ops.quantized_linear import QuantizedWeight, quantized_linear
 
 
@@ -85,41 +83,8 @@ def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
     if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16:
         # Products of bfloat16 numbers are exact in FP32, so the matrix units may take them as they are: the head's
         # weight is not copied into FP32 for every token.
-        return _Product.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+        return ExactProduct.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
     return product(wide(x), wide(weight))
-
-
-class _Product(torch.autograd.Function):
-    """The product of bfloat16 matrices in FP32 on CUDA. Its gradient is FP32, which the matrix units do not take; but it
-    is the sum of three bfloat16 numbers to its last bit, and each has exact products with the other operand."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TD, weight_ED)
-        return torch.mm(x_TD, weight_ED.T, out_dtype=torch.float32)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x_TD, weight_ED = ctx.saved_tensors
-        parts = _parts(dy_TE)
-        dx_TD = dweight_ED = None
-        if ctx.needs_input_grad[0]:
-            # One product over all parts, so that the sum is rounded once.
-            dx_TD = torch.mm(torch.cat(parts, dim=1), weight_ED.repeat(len(parts), 1))
-        if ctx.needs_input_grad[1]:
-            products = [torch.mm(part.T, x_TD, out_dtype=torch.float32) for part in parts]
-            dweight_ED = torch.stack(products).sum(0).to(weight_ED.dtype)
-        return dx_TD, dweight_ED
-
-
-def _parts(x: Tensor) -> list[Tensor]:
-    """Three bfloat16 tensors whose sum is x, FP32: 8 bits of it each."""
-    parts = []
-    for _ in range(3):
-        parts.append(x.bfloat16())
-        x = x - parts[-1]
-    return parts
 
 
 class Norm(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from leadline.model.config import TINY
-from leadline.model.linear import GroupedOutput, Linear, _parts, linear_fp32
+from leadline.model.linear import GroupedOutput, Linear
 from leadline.model.moe import Experts
 from leadline.model.router import Route
 from leadline.ops.quantized_linear import FORMATS, Format, quantize, quantized_linear
@@ -103,27 +103,3 @@ def test_on_the_meta_device() -> None:
     output.hold(weight)
     assert torch.equal(output.weight, weight.values())
     assert linear(torch.randn(3, 64)).shape == (3, 8)
-
-
-def test_parts_of_a_gradient_lose_nothing() -> None:
-    """Three bfloat16 numbers hold the 24 bits of an FP32 number, whatever its size."""
-    x = torch.randn(1000) * torch.logspace(-20, 20, 1000)
-    parts = _parts(x)
-    assert {part.dtype for part in parts} == {torch.bfloat16}
-    assert float(((sum(part.double() for part in parts) - x.double()) / x.double()).abs().max()) <= 2**-24
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 127, 4001])
-def test_products_in_fp32_on_gpu(tokens: int) -> None:
-    """The product of bfloat16 matrices and its gradients, against float64: only the results are rounded to bfloat16."""
-    operands = [torch.randn(rows, 256, device="cuda").bfloat16() for rows in (tokens, 96)]
-    dy = torch.randn(tokens, 96, device="cuda")
-    found = []
-    for leaves in (operands, [x.double() for x in operands]):
-        leaves = [x.detach().requires_grad_() for x in leaves]
-        y = linear_fp32(*leaves)
-        found.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))])
-    assert [x.dtype for x in found[0]] == [torch.float32, torch.bfloat16, torch.bfloat16]
-    for ours, theirs, bound in zip(*found, (1e-6, 2e-3, 2e-3), strict=True):
-        assert float((ours.double() - theirs).norm() / theirs.norm()) <= bound

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -368,9 +369,9 @@ def multiply_in_haste(gluon: Any, hurry: str) -> Tensor:
 
 def on_gpu(look_back: Callable[..., Any], *arguments: Any) -> Any:
     case = look_back(*arguments)
-    reach = Reach(case.reach.lengths, *(x.cuda() for x in vars(case.reach).values() if isinstance(x, Tensor)))
+    runs = {name: x.cuda() for name, x in vars(case.reach).items() if isinstance(x, Tensor)}
     tensors = {name: x.cuda() for name, x in vars(case).items() if isinstance(x, Tensor)}
-    return type(case)(**(vars(case) | tensors | {"reach": reach}))
+    return replace(case, reach=replace(case.reach, **runs), **tensors)
 
 
 # BF16 is rounded at 2^-9: the probabilities and their gradients before they are multiplied, and every result.

@@ -113,7 +113,7 @@ def copy(target, rows_R, real_R, first: gl.constexpr, full):
 
 @gluon.jit
 def prefetch(vectors, rows, K: gl.constexpr):
-    """Have rows, at most 64, brought to the L2 cache. They are of the next item, for which there is no room here yet."""
+    """Have rows, at most 64, brought to the L2 cache: those of the next item, for which there is no room here yet."""
     line = gl.arange(0, K, gl.BlockedLayout([1], [32], [4], [0])) * 64
     pointer = vectors + gl.minimum(line, gl.minimum(rows, 64) * K - 64)
     gl.inline_asm_elementwise(
@@ -148,8 +148,8 @@ def scores(block, ring, used, W: gl.constexpr, K: gl.constexpr):
 
 @gluon.jit
 def add_half(sums, weights, ring, owner: gl.constexpr, used, W: gl.constexpr, K: gl.constexpr):
-    """sums + weights tile, the half of the multiplier W, for a tile of the multiplier `owner`; then the half of the tile
-    is handed back."""
+    """sums + weights tile, the half of the multiplier W, for a tile of the multiplier `owner`; then the half of the
+    tile is handed back."""
     zero = unknown_zero(used)
     half = ring.tiles.index(owner + zero).slice(W * (K // 2), K // 2, 1)
     sums = warpgroup_mma(weights.index(owner + zero), half, sums)

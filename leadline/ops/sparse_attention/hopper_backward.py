@@ -8,9 +8,9 @@ product.
 at a time, q and do. The sum is the gradient of the columns, and no running maximum goes around.
 
 `bwd_queries` keeps q and do of 64 heads of one query, twice as much, so there is room for one tile of columns. The
-multipliers share everything: each takes 32 heads of the scores, and half of the K columns of the sums. To have the next
-tile under way nevertheless, tiles are cut into pieces of K / 4 columns. A piece is handed back as soon as dq has it, and
-the next tile starts with the pieces that are there.
+multipliers share everything: each takes 32 heads of the scores, and half of the K columns of the sums. To have the
+next tile under way nevertheless, tiles are cut into pieces of K / 4 columns. A piece is handed back as soon as dq has
+it, and the next tile starts with the pieces that are there.
 
 Floors at 32K tokens of CSA, K = 512 and 64 heads: 5 products of [64, 64, K] for 64 picks, 3 for 64 window keys, and in
 `bwd_columns` 4 for 64 keys and 64 heads, half as many again because a block of 64 keys is seen by 191 queries, each of

@@ -1,9 +1,9 @@
 """The forward of sparse attention for Hopper; `hopper.py` has the idea.
 
-A program takes 64 heads of one query at a time, and then those of another query; q stays in shared memory, the tiles are
-its columns, and o is the sum. The running maximum goes from tile to tile, hence from one multiplier to the other and
-back: the owner of a tile hands on the new maximum, and by how much that shrinks what was summed before. Each multiplier
-counts the weights of its own tiles; the two counts meet at the end of a query.
+A program takes 64 heads of one query at a time, and then those of another query; q stays in shared memory, the tiles
+are its columns, and o is the sum. The running maximum goes from tile to tile, hence from one multiplier to the other
+and back: the owner of a tile hands on the new maximum, and by how much that shrinks what was summed before. Each
+multiplier counts the weights of its own tiles; the two counts meet at the end of a query.
 
 Floors at 32K tokens, K = 512 and 64 heads: 2 x 64 x 64 x K FLOPs a tile, and each tile is 64 KiB from the L2 cache, so
 at 500 TFLOP/s it gives 4 TB/s. HCA has but 4.5 tiles a query on average, against 128 KiB of q and o from and to device
@@ -58,8 +58,8 @@ class Shared(NamedTuple):
     """Shared memory of a program. What is there twice belongs to tiles or queries in turn; mbarriers end in `_done`.
 
     q: [1, 64, K]. weights: [2, 64, 64]. most, shrink: [2, 64], the maximum after a tile and the factor for what was
-    summed before. sums: [4, 64], of the weights, by query and multiplier. unseen: [2, 64], -inf where a column of a tile
-    is none. steps: [2, 1], tiles of a query.
+    summed before. sums: [4, 64], of the weights, by query and multiplier. unseen: [2, 64], -inf where a column of a
+    tile is none. steps: [2, 1], tiles of a query.
     """
 
     ring: Any
@@ -213,8 +213,8 @@ def sparse_attention_fwd_hopper_kernel(
     o_THK, lse_TH, items, H, M, scale,
     K: gl.constexpr, ENTRIES: gl.constexpr,
 ):  # fmt: skip
-    """o and lse. items: queries x blocks of 64 heads, shared among the programs. ENTRIES: "none", "visible" or "picked".
-    scale: K^-0.5 log2 e."""
+    """o and lse. items: queries x blocks of 64 heads, shared among the programs. ENTRIES: "none", "visible" or
+    "picked". scale: K^-0.5 log2 e."""
     dtype: gl.constexpr = q_THK.dtype.element_ty
     s = Shared(
         ring=new_ring(dtype, K),

@@ -339,8 +339,8 @@ def sparse_attention_bwd_picks_kernel(
     rows_PBK, order_P, first_C, skip, dentries_CK,
     K: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dentries[c] += the rows of the picks of entry c: order[first[c]] to order[first[c + 1] - 1], less skip. A pick has
-    one row for each block of heads."""
+    """dentries[c] += the rows of the picks of entry c: order[first[c]] to order[first[c + 1] - 1], less skip. A pick
+    has one row for each block of heads."""
     c = tl.program_id(0).to(tl.int64)
     first, last = tl.load(first_C + c) * BLOCKS, tl.load(first_C + c + 1) * BLOCKS
     if first < last:
@@ -383,9 +383,10 @@ class Blocks(NamedTuple):
 
 
 class Shapes(NamedTuple):
-    """Shapes for a program: (rows, columns, stages, vectors in shared memory), best first; the first that fits is taken.
-    Float32 products run on the ordinary arithmetic units, which want the last. chunk: its widest, of 16-bit vectors.
-    eight_warps: from so many values in a sum on; beside a sum, the backward has two tiles of scores in registers."""
+    """Shapes for a program: (rows, columns, stages, vectors in shared memory), best first; the first that fits is
+    taken. Float32 products run on the ordinary arithmetic units, which want the last. chunk: its widest, of 16-bit
+    vectors. eight_warps: from so many values in a sum on; beside a sum, the backward has two tiles of scores in
+    registers."""
 
     choices: tuple[tuple[int, int, int, int], ...]
     chunk: int
@@ -497,9 +498,10 @@ def add_picks(rows_tMBK: Tensor, inverse: Inverse, sums_CK: Tensor) -> None:
     """Add to each entry's sum, FP32, the rows of its picks: what each of B blocks of heads contributes."""
     _, _, blocks, width = rows_tMBK.shape
     columns = _power_of_two(width)
+    rows, stages = (8, 4) if columns >= 512 else (8192 // columns, 3)
     sparse_attention_bwd_picks_kernel[(len(sums_CK),)](
         rows_tMBK, *inverse, sums_CK,
-        K=width, BLOCKS=blocks, WIDTH=columns, ROWS=max(16, 8192 // columns), STAGES=3, num_warps=4,
+        K=width, BLOCKS=blocks, WIDTH=columns, ROWS=rows, STAGES=stages, num_warps=4,
     )  # fmt: skip
 
 
