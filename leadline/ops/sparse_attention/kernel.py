@@ -16,12 +16,15 @@ Backward. Nothing is added atomically, so that two runs agree bitwise.
   program holds a block of columns and walks over the queries that see any of them.
 - Picked entries are seen by scattered queries. `bwd_queries` writes what each pick of a chunk of queries contributes
   to its entry, one row of K, into a workspace of at most 512 MiB; sorting the picks by entry (stable) inverts the
-  lists, and `bwd_picks` adds the rows of each entry in the order of the queries, in FP32. The rows are stored in the
+  lists, and `bwd_picks` adds the rows of each entry, in FP32 and always in the same order. The rows are stored in the
   dtype of q. In bf16 that rounds each contribution once, to 8 bits; the roundings are independent, so the sum of n of
   them is off by about 2^-9 / sqrt(n) of its size, less than the rounding of the result.
 
 Tensors that are K wide are held as tuples of column chunks: a chunk is the widest tile of a sum that fits into the
 registers, and float32 products, which have no matrix unit, take small ones.
+
+On Hopper, wide vectors of 16 bits and many heads take the kernels of `hopper_forward.py` and `hopper_backward.py`,
+which read and write the same.
 """
 
 from __future__ import annotations
