@@ -11,11 +11,12 @@ http://127.0.0.1:8000/v1 and any API key. Ctrl-C or SIGTERM lets running answers
   mode=high         non-think, low, high or max, for requests that do not say
   release=preview   preview or 0731: which modes there are
   slots=8           answers at once                   queue=64          requests that wait beyond them
-  context=128K      most tokens, prompt and answer    pages=N           of 128 tokens, for all; default: slots x context
+  context=8K        most tokens, prompt and answer    pages=N           of 128 tokens, for all; default: slots x context
   step_tokens=512   tokens per forward pass           speculate=yes     guess with the MTP block
   cache=FORMAT      exact, served or packed           dtype=KIND        file, float32, bfloat16 or float16
   device=NAME       cpu, cuda; default: the GPU if there is one
   body_mib=32       most of a request                 origins=URL,URL   web pages that may call the server
+  grace=60          seconds for running answers at the end
   log_prompts=no    prompts are logged only if asked  allow_short_max=no   mode max with less than 384K of context
 
   leadline serve runs/demo/checkpoint port=8080
@@ -98,7 +99,8 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     with bound(options.host, options.port) as listening:
         host, port = listening.getsockname()[:2]
-        console.print(f"serving {service.policy.name} at http://{host}:{port}/v1", highlight=False)
+        console.print(f"serving {service.policy.name} at http://{host}:{port}/v1", highlight=False, soft_wrap=True)
+        console.print(capacity(service), highlight=False, soft_wrap=True, style="dim")
         server = uvicorn.Server(
             uvicorn.Config(app, timeout_graceful_shutdown=options.grace, server_header=False, log_level="info")
         )
@@ -136,6 +138,17 @@ def engine_of(model: Transformer, options: Options) -> Engine:
             step_tokens=options.step_tokens,
             speculate=options.speculate,
         ),
+    )
+
+
+def capacity(service: Service) -> str:
+    """What the server can hold, in one line."""
+    state, settings = service.worker.engine.memory.state, service.worker.engine.settings
+    mib = (settings.pages * state.bytes_per_page + settings.slots * state.bytes_per_slot) / 2**20
+    queue = service.limits.queue
+    return (
+        f"context {service.context_tokens:,} tokens, {settings.slots} answers at once and {queue} waiting, "
+        f"cache {mib:,.0f} MiB"
     )
 
 

@@ -15,7 +15,7 @@ from leadline.cli import UsageError
 from leadline.model.config import TINY
 from leadline.model.init import initialize
 from leadline.model.transformer import Transformer
-from leadline.recipes.serve import Options, bound, build, is_loopback, main
+from leadline.recipes.serve import Options, bound, build, capacity, is_loopback, main
 from leadline.serve.limits import KeyFileError, Keys
 from leadline.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 from leadline.weights.save import save_checkpoint
@@ -64,6 +64,7 @@ def test_a_checkpoint_becomes_a_service(checkpoint: Path) -> None:
     service.require_model("gpt")
     pool = service.worker.engine.memory.pool
     assert pool.num_pages == 2 * 5  # 600 tokens and one more, for both
+    assert capacity(service).startswith("context 600 tokens, 2 answers at once and 64 waiting, cache ")
 
 
 def test_a_taken_port_is_said_in_one_line() -> None:

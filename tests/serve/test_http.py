@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import socket
 import time
 from collections.abc import AsyncGenerator
@@ -129,6 +130,41 @@ class TestHangingUp:
         server.settle()
         held = engine.memory.pool.num_pages - engine.memory.pool.num_free
         assert held == engine.memory.prefix.num_pages  # only the prefix cache holds any
+        assert server.service.worker.num_open == 0
+
+    def test_many_clients_of_whom_some_hang_up(self, server: Any) -> None:
+        """Whoever stays hears what a solo run says, and nothing is left behind."""
+        server.settle()
+        rng = random.Random(0)
+        bodies = [
+            {**ASK, "seed": n, "max_tokens": 10, "stream": True, "messages": [{"role": "user", "content": "ab" * n}]}
+            for n in range(5)
+        ]
+        solo = [server.post(PATH, {**body, "stream": False}).json() for body in bodies]
+        expected = [answer["choices"][0]["message"]["content"] for answer in solo]
+
+        async def talk(client: httpx.AsyncClient, number: int, patience: int) -> None:
+            await asyncio.sleep(rng.random() / 2)
+            content = ""
+            async with client.stream("POST", PATH, json=bodies[number]) as answer:
+                assert answer.status_code == 200
+                async for line in answer.aiter_lines():
+                    patience -= 1
+                    if patience < 0:
+                        return
+                    if line.startswith("data: {"):
+                        content += json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
+            assert content == expected[number]
+
+        async def crowd() -> None:
+            async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+                patience = [rng.choice((0, 3, 8, 1000, 1000, 1000)) for _ in range(24)]
+                await asyncio.gather(*(talk(client, n % 5, patience[n]) for n in range(24)))
+
+        asyncio.run(crowd())
+        server.settle()
+        memory = server.service.worker.engine.memory
+        assert memory.pool.num_pages - memory.pool.num_free == memory.prefix.num_pages
         assert server.service.worker.num_open == 0
 
     def test_a_slow_client_counts_as_gone(self) -> None:
