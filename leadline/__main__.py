@@ -23,6 +23,7 @@ VERBS = {
     "generate": "leadline.recipes.generate",
     "serve": "leadline.recipes.serve",
     "pack": "leadline.recipes.pack",
+    "chat": "leadline.recipes.chat",
     "verify": "leadline.recipes.verify",
     "weights": "leadline.recipes.weights",
     "bench": "leadline.recipes.bench",

@@ -125,7 +125,7 @@ def say(engine: Engine, request: Request, tokenizer: Tokenizer) -> None:
                 for token in event.tokens:
                     progress.stop()
                     clock.tick()
-                    print(decoder.decode(tokenizer.token_bytes_V[token.id]), end="", flush=True)
+                    print(decoder.decode(tokenizer.token_bytes(token.id)), end="", flush=True)
             progress.update(task, completed=engine.seen(number))
             cache_bytes = max(cache_bytes, engine.cache_bytes)
     print(decoder.decode(b"", final=True), flush=True)
@@ -148,6 +148,8 @@ def _reading(prompt_tokens: int) -> Progress:
 def summary(usage: Usage, clock: Clock, cache_bytes: int) -> str:
     """One line of figures."""
     parts = [f"{usage.prompt_tokens:,} + {usage.output_tokens:,} tokens"]
+    if usage.cached_tokens:
+        parts.append(f"{usage.cached_tokens:,} from the cache")
     if clock.first is not None and clock.last is not None:
         parts.append(f"first after {clock.first - clock.start:.2f} s")
         if usage.output_tokens > 1:

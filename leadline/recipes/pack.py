@@ -157,15 +157,18 @@ def render(
     """Print what was packed and what it costs. tokens: of each piece."""
     total = sum(tokens)
     about = "about " if is_estimate else ""
-    console.print(
-        f"{len(packed.sections):,} files, {size(len(packed.text.encode()))}, {about}{total:,} tokens", style="bold"
-    )
+    console.print(f"{files_of(packed)}, {size(len(packed.text.encode()))}, {about}{total:,} tokens", style="bold")
     if is_estimate:
         console.print(f"Counted as {BYTES_PER_TOKEN} bytes each; checkpoint= or tokenizer= counts them.", style="dim")
     if packed.left_out:
         console.print(f"Left out: {_reasons(packed)}.", style="dim")
     console.print(_shares(packed, tokens))
     console.print(_cost(total, RELEASED | ({"this checkpoint": config} if config else {})))
+
+
+def files_of(packed: Bundle) -> str:
+    """How many files a bundle holds, in words."""
+    return "1 file" if len(packed.sections) == 1 else f"{len(packed.sections):,} files"
 
 
 def _reasons(packed: Bundle) -> str:

@@ -1,0 +1,1 @@
+"""What `leadline chat` is made of."""
