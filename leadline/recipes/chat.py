@@ -110,8 +110,12 @@ def main(arguments: list[str]) -> int:
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     screen = Terminal(Console(highlight=False)) if interactive else Pipe()
     session = start(folder, paths, options, screen, interactive)
-    session.read_files()
-    return talk(session, typed(History(default_path())) if interactive else piped())
+    try:
+        session.read_files()
+        return talk(session, typed(history(screen)) if interactive else piped())
+    finally:
+        if session.engine.memory.disk is not None:
+            session.engine.memory.disk.close()
 
 
 def split(arguments: Sequence[str]) -> tuple[Path | None, list[str], list[str]]:
@@ -209,7 +213,16 @@ def piped() -> Iterator[str]:
         yield line.rstrip("\n")
 
 
-def typed(history: History) -> Iterator[str]:
+def history(screen: Screen) -> History | None:
+    """The lines of earlier sessions; None where they have no place."""
+    try:
+        return History(default_path())
+    except OSError as error:
+        screen.note(f"No history: {error}")
+        return None
+
+
+def typed(kept: History | None) -> Iterator[str]:
     """Lines that a person types, until Ctrl-D; Ctrl-C empties the line."""
     while True:
         try:
@@ -222,6 +235,6 @@ def typed(history: History) -> Iterator[str]:
         except EOFError:
             print()
             return
-        if line.strip():
-            history.add(line)
+        if line.strip() and kept is not None:
+            kept.add(line)
         yield line

@@ -15,50 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from leadline.__main__ import main
-from leadline.engine.disk import DiskCache
-from leadline.model.config import TINY
-from leadline.model.transformer import Transformer
-from leadline.recipes.chat import split
-from leadline.text.tokenizer import Tokenizer
-from leadline.weights.save import save_checkpoint
+from leadline.recipes.chat import history, split
+from leadline.recipes.terminal.screen import Pipe
 
 ROOT = Path(__file__).parents[2]
-TEXT = "def add(first, second):\n    return first + second\n\n# **bold** and `code`, 123 and 中文\n"
 GREEDY = ("temperature=0", "max_tokens=12", "mode=non-think")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer.train([TEXT], 400)
-    tokenizer.save(folder / "tokenizer")
-    generator = torch.Generator().manual_seed(3)
-    config = TINY.replace(vocab_size=tokenizer.vocab_size)
-    model = Transformer(config)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if not tensor.is_floating_point():
-                tensor.random_(0, config.n_routed_experts, generator=generator)
-            elif "norm" in name:
-                tensor.uniform_(0.8, 1.2, generator=generator)
-            else:
-                tensor.normal_(0, 0.3, generator=generator)
-    files = sorted((folder / "tokenizer").iterdir())
-    save_checkpoint(model, config, folder / "checkpoint", tokenizer_files=files)
-    return folder / "checkpoint"
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    folder = tmp_path / "project"
-    folder.mkdir()
-    for name in ("a.py", "b.py"):
-        (folder / name).write_text(TEXT * 8)
-    (folder / "logo.png").write_bytes(b"\0")
-    return folder
 
 
 @pytest.fixture
@@ -70,7 +33,8 @@ def piped(
     def run(lines: str, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
         status = main(["chat", str(checkpoint), *map(str, arguments)])
-        return status, *capsys.readouterr()
+        out, error = capsys.readouterr()
+        return status, out, error
 
     return run
 
@@ -103,21 +67,28 @@ def test_the_cache_changes_no_answer(piped: Callable[..., tuple[int, str, str]],
     assert cached(notes)[1] > cached(notes)[0] - 128
 
 
+def read_ahead(notes: str) -> tuple[int, int]:
+    """Tokens of the files, and how many of them the cache knew before the first question."""
+    found = re.search(r"([\d,]+) tokens, ([\d,]+) of them from the cache", notes)
+    assert found
+    return int(found[1].replace(",", "")), int(found[2].replace(",", ""))
+
+
 def test_a_second_start_reads_from_the_disk(
-    piped: Callable[..., tuple[int, str, str]], project: Path, tmp_path: Path, checkpoint: Path
+    piped: Callable[..., tuple[int, str, str]], project: Path, tmp_path: Path
 ) -> None:
-    disk = tmp_path / "disk"
-    cold = piped("one\n", *GREEDY, "--with", project)
-    written = piped("one\n", *GREEDY, f"disk={disk}", "--with", project)
-    read = piped("another\n", *GREEDY, f"disk={disk}", "--with", project)
-    assert cold[1] == written[1]
-    assert read[1] == piped("another\n", *GREEDY, "--with", project)[1]
-    hits = DiskCache(disk, "any", 2**35, print)
-    assert hits.num_bytes > 0
-    hits.close()
-    # One file more in the middle: the first pages are the same.
-    (project / "aa.py").write_text("x")
-    assert cached(piped("one\n", *GREEDY, f"disk={disk}", "--with", project)[2])[0] > 0
+    disk = f"disk={tmp_path / 'disk'}"
+    _, cold_answer, notes = piped("one\n", *GREEDY, disk, "--with", project)
+    tokens, known = read_ahead(notes)
+    assert known == 0
+    assert cold_answer == piped("one\n", *GREEDY, "--with", project)[1]
+
+    _, answer, notes = piped("another\n", *GREEDY, disk, "--with", project)
+    assert read_ahead(notes) == (tokens, (tokens - 1) // 128 * 128)
+    assert answer == piped("another\n", *GREEDY, "--with", project)[1]
+
+    other_formats = piped("one\n", *GREEDY, disk, "cache=served", "--with", project)[2]
+    assert read_ahead(other_formats) == (tokens, 0)
 
 
 def test_without_files_and_with_thinking(piped: Callable[..., tuple[int, str, str]]) -> None:
@@ -152,6 +123,7 @@ def test_a_line_that_cannot_be_acted_on_fails_the_run_and_not_the_next(
         (["{checkpoint}", "context=64", "--with", "{project}"], "the context 64: raise context="),
         (["{checkpoint}", "--with", "{large}"], "the model has no longer one"),
         (["{project}"], "tokenizer.json: no such file"),
+        (["{checkpoint}", "disk={large}"], "cannot be opened as a disk cache"),
     ],
 )
 def test_refusals_are_one_line(
@@ -163,6 +135,13 @@ def test_refusals_are_one_line(
     error = capsys.readouterr().err.splitlines()
     assert message in error[-1]
     assert len(error) <= 2
+
+
+def test_a_history_that_cannot_be_kept_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    assert history(Pipe()) is None
+    assert "No history: " in capsys.readouterr().err
 
 
 def test_words_of_the_command_line() -> None:
@@ -253,9 +232,9 @@ def test_a_talk_on_a_terminal(keyboard: Callable[..., Keyboard], project: Path, 
     run.type("\x04")
     assert run.end() == 0
     assert '"reasoning_content": ' in (tmp_path / "talk.json").read_text()
-    history = tmp_path / "state" / "leadline" / "history"
-    assert history.stat().st_mode & 0o777 == 0o600
-    lines = history.read_text().splitlines()
+    kept = tmp_path / "state" / "leadline" / "history"
+    assert kept.stat().st_mode & 0o777 == 0o600
+    lines = kept.read_text().splitlines()
     assert [line for line in lines if not line.startswith("_")] == [
         "a question",
         f"/save {tmp_path / 'talk.json'}",

@@ -65,6 +65,17 @@ def test_tokens_of_the_pieces_add_up_to_those_of_the_whole(checkpoint: Path) -> 
     assert len(counted) == 1 + len(files)
 
 
+def test_a_late_change_keeps_the_tokens_before_it(project: Path, checkpoint: Path) -> None:
+    tokenizer = Tokenizer.load(checkpoint)
+    packed = bundle([project])
+    before = tokenizer.encode(packed.text)
+    (project / "src" / "b.py").write_text("all new")
+    after = tokenizer.encode(bundle([project]).text)
+    shared = next(n for n, (old, new) in enumerate(zip(before, after, strict=False)) if old != new)
+    unchanged = sum(pack.count(packed, tokenizer, Console(file=io.StringIO()))[:-1])
+    assert unchanged <= shared < len(after)
+
+
 def test_without_a_tokenizer_the_count_is_called_an_estimate(project: Path, capfd) -> None:
     assert main(["pack", str(project)]) == 0
     out, page = capfd.readouterr()

@@ -54,7 +54,7 @@ class Interrupt:
         self.pressed = True
 
 
-def read_ahead(engine: Engine, prompt: tuple[int, ...], screen: Screen, interrupt: Interrupt) -> None:
+def read_ahead(engine: Engine, prompt: tuple[int, ...], screen: Screen, interrupt: Interrupt) -> Usage:
     """Take a prompt in without an answer, so that the cache knows it. The one token that it costs is dropped."""
     number = engine.submit(Request(prompt, 1))
     try:
@@ -63,6 +63,7 @@ def read_ahead(engine: Engine, prompt: tuple[int, ...], screen: Screen, interrup
                 raise GenerationError(event.error)
     finally:
         screen.read(len(prompt), len(prompt))
+    return engine.usage(number)
 
 
 def answer(

@@ -92,7 +92,7 @@ class Terminal:
         if self._thinking is None:
             self._thinking = Frames(self.console)
         if self._thinking.is_due:
-            self._thinking.draw(Text(f"thinking, {tokens:,} tokens\n{self._thought}", "dim"))
+            self._thinking.draw(Text(f"{self._thought}\n(thinking, {tokens:,} tokens)", "dim"))
 
     def say(self, text: str) -> None:
         self._end_reading()

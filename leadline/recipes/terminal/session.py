@@ -46,7 +46,8 @@ class Session:
         """Take the packed files in before the first question, so that the cache knows them whatever it will be."""
         if self.conversation.files:
             ids = tuple(self.conversation.opening().ids(self.tokenizer))
-            self._listen(lambda interrupt: read_ahead(self.engine, ids, self.screen, interrupt))
+            usage = self._listen(lambda interrupt: read_ahead(self.engine, ids, self.screen, interrupt))
+            self.screen.note(f"{usage.prompt_tokens:,} tokens, {usage.cached_tokens:,} of them from the cache")
 
     def ask(self, text: str) -> None:
         """Add a question and answer it."""

@@ -48,7 +48,8 @@ def project(tmp_path: Path) -> Path:
     folder = tmp_path / "project"
     folder.mkdir()
     for name in ("a.py", "b.py"):
-        (folder / name).write_text(TEXT * 12)
+        (folder / name).write_text(TEXT * 8)
+    (folder / "logo.png").write_bytes(b"\0")
     return folder
 
 
