@@ -51,5 +51,5 @@ def test_a_changed_config_or_time_is_another_model(folder: Path, change: str) ->
 
 def test_a_folder_without_config_is_named(folder: Path) -> None:
     (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="config.json: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
         fingerprint(folder)

@@ -56,7 +56,7 @@ def row_lists(reach: Reach, picked_TM: Tensor | None, entries_CK: Tensor | None)
     assert reach.first_entry_T is not None
     assert reach.visible_T is not None
     if picked_TM is None:
-        number = torch.arange(reach.most_visible, device=last.device)
+        number = torch.arange(int(reach.visible_T.max()), device=last.device)
         picked_TM = torch.where(number < reach.visible_T[:, None], number, -1)
     return window_rows, torch.where(picked_TM < 0, -1, reach.first_entry_T[:, None] + picked_TM)
 
