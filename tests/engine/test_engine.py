@@ -401,6 +401,7 @@ def test_running_out_of_memory_in_a_step_loses_no_token(
     assert left == 0
     assert [run.ids(number) for number in numbers] == [alone(request) for request in all_of_them]
     assert engine.step_tokens < 512
+    assert engine.num_preempted >= failures
     assert_nothing_leaks(engine)
 
 
