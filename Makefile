@@ -13,7 +13,7 @@ RUN_STAMP := $(VENV)/installed-run
 DEV_STAMP := $(VENV)/installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint browser clean
 
 help:
 	@echo "make demo [minutes=5] [data=DIR] [out=DIR]   train the demo model on real text, write a report"
@@ -25,7 +25,7 @@ demo: $(RUN_STAMP)
 	$(BIN)/leadline demo $(if $(minutes),"minutes=$(minutes)") $(if $(data),"data=$(data)") $(if $(out),"out=$(out)")
 
 # pytest comes last: its summary is the last line of the run. One thread each: the processes share the cores.
-test: lint
+test: lint browser
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_PROCESSES)
 
 lint: $(DEV_STAMP)
@@ -34,6 +34,12 @@ lint: $(DEV_STAMP)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python tools/size_report.py
+
+# The tests of the web page run in the Chromium of the system.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
+		echo "make: no Chromium was found, and the web page is tested in it; on Debian: apt-get install chromium" >&2; \
+		exit 1; }
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis

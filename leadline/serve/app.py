@@ -19,7 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from leadline import __version__
-from leadline.serve import chat_completions, completions, messages, plain, responses
+from leadline.serve import chat_completions, completions, messages, plain, responses, web
 from leadline.serve.http import OPEN_PATHS, Gate, error_response
 from leadline.serve.limits import Refused
 from leadline.serve.service import Service
@@ -44,10 +44,11 @@ def create_app(service: Service, *, origins: Sequence[str] = (), hosts: Sequence
         await service.worker.stop()
 
     app = FastAPI(title="leadline", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
-    for module in (chat_completions, completions, responses, messages, plain):
+    for module in (chat_completions, completions, responses, messages, plain, web):
         app.include_router(module.router(service), responses=_ERRORS)
     _speak_in_errors(app, service)
-    app.add_middleware(Gate, keys=service.keys, limits=service.limits, metrics=service.metrics, open_paths=OPEN_PATHS)
+    open_paths = {*OPEN_PATHS, *web.FILES}
+    app.add_middleware(Gate, keys=service.keys, limits=service.limits, metrics=service.metrics, open_paths=open_paths)
     if origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"]

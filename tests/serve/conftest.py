@@ -146,6 +146,12 @@ def alone(model: Transformer) -> Callable[[Request], list[int]]:
 
 
 @pytest.fixture(scope="session")
+def serving() -> Callable[[Service], contextlib.AbstractContextManager[Running]]:
+    """serving(service): a server of its own."""
+    return serve
+
+
+@pytest.fixture(scope="session")
 def server(model: Transformer, tokenizer: Tokenizer) -> Iterator[Running]:
     """Everybody may ask; the mode max is allowed."""
     policy = Policy("tiny", allow_short_max=True, limits=Limits(body_bytes=200_000))
