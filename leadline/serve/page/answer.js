@@ -4,7 +4,14 @@
 export class Answer {
   /** before: tokens of the conversation so far, as well as they are known. */
   constructor(mode, before) {
-    this.message = { role: "assistant", content: "", reasoning_content: "", tool_calls: [], finish: null, numbers: { mode } };
+    this.message = {
+      role: "assistant",
+      content: "",
+      reasoning_content: "",
+      tool_calls: [],
+      finish: null,
+      numbers: { mode },
+    };
     this.numbers = this.message.numbers;
     this.before = before;
     this.start = performance.now();
@@ -70,7 +77,8 @@ export class Answer {
 
   #settle(usage) {
     const numbers = this.numbers;
-    if (this.tokens > 1 && usage.completion_tokens > 1) numbers.speed = (usage.completion_tokens - 1) / ((this.last - this.first) / 1000);
+    if (this.tokens > 1 && usage.completion_tokens > 1)
+      numbers.speed = (usage.completion_tokens - 1) / ((this.last - this.first) / 1000);
     Object.assign(numbers, {
       tokens: usage.completion_tokens,
       thinkingTokens: usage.completion_tokens_details.reasoning_tokens,

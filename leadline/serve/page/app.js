@@ -2,31 +2,44 @@
 
 import { Answer } from "/page/answer.js";
 import { Api } from "/page/api.js";
-import { empty, forServer, keep, kept, read as readConversation } from "/page/conversation.js";
-import { dropped, pack, picked, read as readFiles } from "/page/files.js";
+import { Attachments } from "/page/attachments.js";
+import { switchColours } from "/page/colours.js";
+import { empty, keep, kept, read } from "/page/conversation.js";
 import { Meters } from "/page/meters.js";
-import { answer as answerView, copy, element, fit, iconButton, question as questionView } from "/page/view.js";
-import { inModes, inTokens, whole } from "/page/words.js";
+import { modeOf, requestOf } from "/page/request.js";
+import { answer as answerView, copy, element, fit, question as questionView } from "/page/view.js";
+import { inModes, inTokens } from "/page/words.js";
 
 const byId = (id) => document.getElementById(id);
 const KEEP_EVERY_MS = 500;
-const SETTINGS = { system: "s-system", tools: "s-tools", temperature: "s-temperature", topP: "s-top-p", maxTokens: "s-max-tokens", budget: "budget" };
+const NOTICE_MS = 8000;
+const SETTINGS = {
+  system: "s-system",
+  tools: "s-tools",
+  temperature: "s-temperature",
+  topP: "s-top-p",
+  maxTokens: "s-max-tokens",
+  budget: "budget",
+};
 
 const api = new Api(() => sessionStorage.getItem("leadline.key") ?? "");
 const meters = new Meters(api);
+const attachments = new Attachments(api, { changed: filesChanged, notice });
+const views = new WeakMap(); // of a message: {shape, view}
 let conversation = kept();
 let model = null;
 let running = null; // {answer, abort} while an answer comes
 let retry = null; // what the button beside an error does
-let fileTokens = null;
-const views = new WeakMap(); // of a message: {shape, view}
+let toldKept = "all";
 
 // -- the conversation as it is shown -----------------------------------------------------------------------------
 
-/** Show every message. Views that are still right keep their nodes: what is open stays open, what has focus keeps it. */
+/** Show every message. Views that are still right keep their nodes, so that what is open or has focus stays so. */
 function show() {
   const { messages } = conversation;
-  const results = new Map(messages.filter(({ role }) => role === "tool").map((each) => [each.tool_call_id, each.content]));
+  const results = new Map(
+    messages.filter(({ role }) => role === "tool").map((each) => [each.tool_call_id, each.content]),
+  );
   const nodes = [];
   for (const message of messages) {
     if (message.role === "tool") continue; // shown with its call
@@ -39,7 +52,8 @@ function show() {
     nodes.push(known.view.node);
   }
   const list = byId("messages");
-  for (const [place, node] of nodes.entries()) if (list.children[place] !== node) list.insertBefore(node, list.children[place] ?? null);
+  for (const [place, node] of nodes.entries())
+    if (list.children[place] !== node) list.insertBefore(node, list.children[place] ?? null);
   while (list.children.length > nodes.length) list.lastChild.remove();
   byId("welcome").hidden = messages.length > 0;
   byId("save").disabled = messages.length === 0;
@@ -47,7 +61,8 @@ function show() {
 }
 
 function viewOf(message, results, isLast, waits) {
-  if (message.role === "user") return questionView(message, { edit: (text) => ask(text, conversation.messages.indexOf(message)) });
+  if (message.role === "user")
+    return questionView(message, { edit: (text) => ask(text, conversation.messages.indexOf(message)) });
   return answerView(message, results, { again: isLast ? again : null, reply: waits ? reply : null });
 }
 
@@ -56,7 +71,12 @@ function lastNumbers() {
 }
 
 function store() {
-  if (!keep(conversation)) notice("This conversation is too large for the browser to keep; download it before you leave.");
+  const stored = keep(conversation);
+  if (stored !== toldKept && stored === "messages")
+    notice("The files are too large for the browser to keep: after a reload, add them again.");
+  if (stored !== toldKept && stored === "nothing")
+    notice("This conversation is too large for the browser to keep: download it before you leave.");
+  toldKept = stored;
 }
 
 let storing = 0;
@@ -81,9 +101,9 @@ function atEnd() {
 // -- asking and answering ----------------------------------------------------------------------------------------
 
 /** Ask a question; in place of the message at `place` and everything after it, if there is one. */
-function ask(text, place = conversation.messages.length) {
+function ask(text, place = Infinity) {
   stop();
-  conversation.messages.length = place;
+  conversation.messages.splice(place);
   conversation.messages.push({ role: "user", content: text });
   run();
 }
@@ -103,14 +123,17 @@ function reply(results) {
 
 async function run() {
   trouble(null);
-  const body = request();
-  if (!body) {
+  let body;
+  try {
+    body = requestOf(conversation, model);
+  } catch (error) {
     show();
     store();
+    trouble(error, again);
     return;
   }
   const abort = new AbortController();
-  const answer = new Answer(chosenMode(), tokensBefore());
+  const answer = new Answer(modeOf(conversation, model), tokensBefore());
   const mine = { answer, abort };
   running = mine;
   conversation.messages.push(answer.message);
@@ -127,38 +150,40 @@ async function run() {
   } catch (error) {
     if (error.name !== "AbortError") problem = error;
   }
-  answer.message.tool_calls = answer.message.tool_calls.filter(Boolean);
-  answer.message.finish ??= abort.signal.aborted ? "stopped" : "failed";
+  if (running !== mine) return; // `stop` has seen to it
   if (problem) answer.message.finish = "failed";
-  if (running === mine) {
-    running = null;
-    busy(false);
-    finish(answer.message, problem);
-  }
-}
-
-/** What is left to do when an answer has ended. */
-function finish(message, problem) {
-  const follows = atEnd();
-  const said = message.content || message.reasoning_content || message.tool_calls.length;
-  if (!said && message.finish !== "stop" && message.finish !== "length") conversation.messages.pop();
-  show();
-  if (problem) trouble(problem, again);
-  byId("status").textContent = problem ? "" : message.finish === "stopped" ? "Stopped" : "The answer is complete";
-  if (follows) scrollToEnd();
-  store();
+  finish(problem);
 }
 
 /** End the running answer; what it has said stays. */
 function stop() {
-  const ended = running;
-  if (!ended) return;
+  if (!running) return;
+  running.abort.abort();
+  running.answer.message.finish = "stopped";
+  finish(null);
+}
+
+/** What is left to do when an answer has ended. */
+function finish(problem) {
+  const { message } = running.answer;
+  const follows = atEnd();
   running = null;
-  ended.abort.abort();
-  ended.answer.message.finish = "stopped";
-  ended.answer.message.tool_calls = ended.answer.message.tool_calls.filter(Boolean);
   busy(false);
-  finish(ended.answer.message, null);
+  message.tool_calls = message.tool_calls.filter(Boolean);
+  const isEmpty = !message.content && !message.reasoning_content && !message.tool_calls.length;
+  if (isEmpty && ["stopped", "failed"].includes(message.finish)) conversation.messages.pop();
+  show();
+  byId("status").textContent = message.finish === "stopped" ? "Stopped" : problem ? "" : "The answer is complete";
+  if (problem) trouble(problem, again);
+  else offerAnswer();
+  if (follows) scrollToEnd();
+  store();
+}
+
+/** A question that nothing answers, because its answer was stopped before it began, can be asked once more. */
+function offerAnswer() {
+  const last = conversation.messages.at(-1);
+  if (last && last.role !== "assistant") trouble(new Error("This has no answer yet."), again);
 }
 
 let drawing = 0;
@@ -187,57 +212,9 @@ function tokensBefore() {
   const { messages } = conversation;
   const place = messages.findLastIndex(({ role, numbers }) => role === "assistant" && numbers.exact);
   const characters = messages.slice(place + 1).reduce((sum, { content }) => sum + content.length, 0);
-  const known = place >= 0 ? messages[place].numbers.context : (fileTokens ?? 0) + conversation.settings.system.length / 4;
+  const known =
+    place >= 0 ? messages[place].numbers.context : (attachments.tokens ?? 0) + conversation.settings.system.length / 4;
   return Math.round(known + characters / 4);
-}
-
-/** The body of the request, or null if something typed has to be put right first. */
-function request() {
-  const { settings, messages, files } = conversation;
-  const mode = chosenMode();
-  const thinking = { type: mode === "non-think" ? "disabled" : "enabled" };
-  const system = [settings.system.trim(), pack(files)].filter(Boolean).join("\n\n");
-  const body = { model: model?.id, messages: forServer(messages, system), stream: true, stream_options: { include_usage: true }, thinking };
-  try {
-    if (mode !== "non-think") {
-      body.reasoning_effort = mode;
-      const budget = number(settings.budget, "The thinking budget");
-      if (budget !== null) thinking.budget_tokens = budget;
-    }
-    Object.assign(body, given({
-      temperature: number(settings.temperature, "The temperature"),
-      top_p: number(settings.topP, "Top-p"),
-      max_tokens: number(settings.maxTokens, "Most tokens"),
-      tools: tools(settings.tools),
-    }));
-  } catch (error) {
-    trouble(error, again);
-    return null;
-  }
-  return body;
-}
-
-function given(fields) {
-  return Object.fromEntries(Object.entries(fields).filter(([, value]) => value !== null));
-}
-
-function number(text, what) {
-  if (!text.trim()) return null;
-  const value = Number(text);
-  if (!Number.isFinite(value) || value < 0) throw new Error(`${what} is no number (${text.trim()}); correct it, or leave it empty.`);
-  return value;
-}
-
-function tools(text) {
-  if (!text.trim()) return null;
-  let found = null;
-  try {
-    found = JSON.parse(text);
-  } catch (error) {
-    throw new Error(`The tools are no JSON (${error.message}); correct them in the settings.`);
-  }
-  if (!Array.isArray(found)) throw new Error("The tools are no list; put [ and ] around them in the settings.");
-  return found;
 }
 
 // -- trouble and notices -----------------------------------------------------------------------------------------
@@ -253,73 +230,29 @@ function trouble(error, again = null) {
 }
 
 let noticeTimer = 0;
-function notice(text) {
+/** Tell something for a while. undo: takes it back. */
+function notice(text, undo = null) {
+  const hide = () => (byId("notice").hidden = true);
   clearTimeout(noticeTimer);
-  byId("notice").textContent = text;
+  byId("notice-text").textContent = text;
+  byId("undo").hidden = !undo;
+  byId("undo").onclick = () => {
+    hide();
+    undo();
+  };
   byId("notice").hidden = false;
-  noticeTimer = setTimeout(() => (byId("notice").hidden = true), 6000);
+  noticeTimer = setTimeout(hide, NOTICE_MS);
 }
 
-// -- files -------------------------------------------------------------------------------------------------------
-
-async function addFiles(found) {
-  try {
-    conversation.files = await readFiles(await found, conversation.files);
-  } catch (error) {
-    notice(`The files could not be read: ${error.message}`);
-    return;
-  }
-  filesChanged();
-}
-
-function filesChanged() {
+function filesChanged(files) {
+  conversation.files = files;
   store();
-  showFiles();
-  countFiles();
-}
-
-async function countFiles() {
-  const { files } = conversation;
-  fileTokens = null;
-  const text = pack(files);
-  if (!text) return;
-  try {
-    const count = await api.count(text);
-    if (files !== conversation.files) return;
-    fileTokens = count;
-    showFiles();
-  } catch (error) {
-    byId("files-summary").title = error.message;
-  }
-}
-
-function showFiles() {
-  const { files } = conversation;
-  byId("files").hidden = !files.length;
-  const size = fileTokens === null ? "" : ` · ${inTokens(fileTokens)}`;
-  byId("files-summary").textContent = `${whole(files.length)} ${files.length === 1 ? "file" : "files"}${size}`;
-  byId("files").classList.toggle("over", Boolean(model) && fileTokens >= model.max_model_len);
-  byId("files-list").replaceChildren(...files.map((file) => {
-    const remove = iconButton("close", `Remove ${file.name}`, () => {
-      conversation.files = conversation.files.filter((each) => each !== file);
-      filesChanged();
-    });
-    const name = element("span", { className: "path", title: file.name }, file.name);
-    const note = element("span", { className: "facts" }, file.note ?? "");
-    return element("li", { className: file.text === null ? "left-out" : "" }, name, note, remove);
-  }));
 }
 
 // -- modes and settings ------------------------------------------------------------------------------------------
 
-function chosenMode() {
-  const offered = model?.modes ?? [];
-  const { mode } = conversation.settings;
-  return offered.includes(mode) ? mode : (model?.default_mode ?? mode) || "high";
-}
-
 function showModes() {
-  const chosen = chosenMode();
+  const chosen = modeOf(conversation, model);
   const choices = (model?.modes ?? []).map((mode) => {
     const input = element("input", { type: "radio", name: "mode", value: mode, checked: mode === chosen });
     input.addEventListener("change", () => {
@@ -351,33 +284,14 @@ async function connect() {
     return;
   }
   trouble(null);
-  meters.limit = model.max_model_len;
+  offerAnswer();
+  meters.limit = attachments.limit = model.max_model_len;
   byId("model").textContent = model.id;
   document.title = `${model.id} · leadline`;
   byId("welcome-model").textContent = `${model.id} reads up to ${inTokens(model.max_model_len)}.`;
   showModes();
-  countFiles();
+  attachments.count();
   meters.show(lastNumbers());
-}
-
-// -- theme -------------------------------------------------------------------------------------------------------
-
-const THEMES = { "": "Follows the system", light: "Light", dark: "Dark" };
-
-function showTheme() {
-  const chosen = document.documentElement.dataset.theme ?? "";
-  const next = Object.keys(THEMES)[(Object.keys(THEMES).indexOf(chosen) + 1) % 3];
-  byId("theme").title = `Colours: ${THEMES[chosen].toLowerCase()}`;
-  byId("theme").setAttribute("aria-label", `Colours: ${THEMES[chosen].toLowerCase()}; change to: ${THEMES[next].toLowerCase()}`);
-  return next;
-}
-
-function changeTheme() {
-  const next = showTheme();
-  if (next) document.documentElement.dataset.theme = next;
-  else delete document.documentElement.dataset.theme;
-  localStorage.setItem("leadline.theme", next);
-  showTheme();
 }
 
 // -- download and load -------------------------------------------------------------------------------------------
@@ -392,28 +306,31 @@ function download() {
 
 async function load(file) {
   try {
-    use(readConversation(await file.text()));
+    change(read(await file.text()), `${file.name} is loaded.`);
   } catch (error) {
     notice(`${file.name} was not loaded: ${error.message}.`);
   }
 }
 
-function use(changed) {
+/** Put another conversation in the place of this one, which can be brought back. */
+function change(other, text) {
   stop();
-  conversation = changed;
-  fileTokens = null;
-  trouble(null);
-  store();
-  showAll();
-  countFiles();
-  scrollToEnd();
+  const before = conversation;
+  use(other);
+  if (before.messages.length || before.files.length) notice(text, () => use(before));
 }
 
-function showAll() {
+function use(other) {
+  stop();
+  conversation = other;
+  trouble(null);
+  offerAnswer();
   show();
-  showFiles();
   showModes();
   showSettings();
+  attachments.use(conversation.files);
+  store();
+  scrollToEnd();
 }
 
 // -- what hands do -----------------------------------------------------------------------------------------------
@@ -443,7 +360,7 @@ function listen() {
   on("stop", "click", stop);
   on("retry", "click", () => retry?.());
   on("new", "click", () => {
-    use(empty(conversation.settings));
+    change(empty(conversation.settings), "A new conversation.");
     byId("question").focus();
   });
   on("save", "click", download);
@@ -452,7 +369,6 @@ function listen() {
     if (target.files.length) load(target.files[0]);
     target.value = "";
   });
-  on("theme", "click", changeTheme);
   on("open-settings", "click", () => openSettings());
   on("settings", "close", () => {
     sessionStorage.setItem("leadline.key", byId("s-key").value.trim());
@@ -464,25 +380,10 @@ function listen() {
       storeSoon();
     });
   }
-  on("attach", "click", () => byId("pick-files").click());
-  on("attach-folder", "click", () => byId("pick-folder").click());
-  for (const id of ["pick-files", "pick-folder"]) {
-    on(id, "change", ({ target }) => {
-      addFiles(picked(target.files));
-      target.value = "";
-    });
-  }
-  on("files-clear", "click", (event) => {
-    event.preventDefault(); // inside a summary it would also open the list
-    conversation.files = [];
-    filesChanged();
-    byId("question").focus();
-  });
   on("messages", "click", ({ target }) => {
     if (target.matches(".copy")) copy(target.closest("figure").querySelector("code").textContent, target);
   });
   document.addEventListener("keydown", keys);
-  drops();
   addEventListener("pagehide", () => {
     stop();
     store();
@@ -501,28 +402,8 @@ function keys(event) {
   }
 }
 
-function drops() {
-  const zone = byId("dropzone");
-  const hasFiles = (event) => event.dataTransfer?.types.includes("Files");
-  addEventListener("dragover", (event) => {
-    if (!hasFiles(event)) return;
-    event.preventDefault();
-    zone.hidden = false;
-  });
-  addEventListener("dragleave", (event) => {
-    if (!event.relatedTarget) zone.hidden = true;
-  });
-  addEventListener("drop", (event) => {
-    zone.hidden = true;
-    if (!hasFiles(event)) return;
-    event.preventDefault();
-    addFiles(dropped(event.dataTransfer));
-  });
-}
-
 listen();
-showTheme();
-showAll();
+switchColours(byId("theme"));
+use(conversation);
 connect();
-scrollToEnd();
 byId("question").focus();

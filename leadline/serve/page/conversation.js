@@ -23,8 +23,13 @@ export function kept() {
   }
 }
 
-/** Keep a conversation; false if the browser has no room for it. */
+/** Keep a conversation as far as the browser has room: "all" of it, its "messages", or "nothing". */
 export function keep(conversation) {
+  if (put(conversation)) return "all";
+  return put({ ...conversation, files: [] }) ? "messages" : "nothing";
+}
+
+function put(conversation) {
   try {
     localStorage.setItem(PLACE, JSON.stringify(conversation));
     return true;
@@ -44,10 +49,12 @@ export function read(text) {
   } catch {
     refuse();
   }
-  if (found?.kind !== KIND || found.version !== 1 || !Array.isArray(found.messages) || !Array.isArray(found.files)) refuse();
+  if (found?.kind !== KIND || found.version !== 1 || !Array.isArray(found.messages) || !Array.isArray(found.files))
+    refuse();
   const words = (value) => (typeof value === "string" ? value : refuse());
   const conversation = empty();
-  for (const name of Object.keys(conversation.settings)) conversation.settings[name] = words(found.settings?.[name] ?? "");
+  for (const name of Object.keys(conversation.settings))
+    conversation.settings[name] = words(found.settings?.[name] ?? "");
   conversation.files = found.files.map(({ name, text, note }) => ({
     name: words(name),
     text: text === null ? null : words(text),
@@ -55,7 +62,8 @@ export function read(text) {
   }));
   conversation.messages = found.messages.map((message) => {
     if (message?.role === "user") return { role: "user", content: words(message.content) };
-    if (message?.role === "tool") return { role: "tool", tool_call_id: words(message.tool_call_id), content: words(message.content) };
+    if (message?.role === "tool")
+      return { role: "tool", tool_call_id: words(message.tool_call_id), content: words(message.content) };
     if (message?.role !== "assistant" || !Array.isArray(message.tool_calls)) refuse();
     return {
       role: "assistant",
@@ -76,7 +84,8 @@ export function read(text) {
 function numbersOf(found) {
   const numbers = {};
   for (const [name, value] of Object.entries(found ?? {})) {
-    if (Number.isFinite(value) || typeof value === "boolean" || (name === "mode" && typeof value === "string")) numbers[name] = value;
+    if (Number.isFinite(value) || typeof value === "boolean" || (name === "mode" && typeof value === "string"))
+      numbers[name] = value;
   }
   return numbers;
 }

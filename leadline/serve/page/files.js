@@ -1,6 +1,6 @@
-// Files to one text. The layout is the one of `leadline pack`: a tree of the names first, then each file under its path,
-// sorted, so that a prompt whose last file has changed still begins with the same tokens and the prefix cache has them.
-// No file can break out of its fence, which is longer than any run of backticks in it.
+// Files to one text. The layout is the one of `leadline pack`: a tree of the names first, then each file under its
+// path, sorted, so that a prompt whose last file has changed still begins with the same tokens and the prefix cache has
+// them. No file can break out of its fence, which is longer than any run of backticks in it.
 
 const FILE_BYTES = 2 ** 20;
 const TOTAL_BYTES = 24 * 2 ** 20;
@@ -41,7 +41,13 @@ async function walk(entries) {
 /** What a file picker holds. */
 export function picked(list) {
   const found = [...list].map((file) => ({ name: file.webkitRelativePath || file.name, file }));
-  return found.filter(({ name }) => !name.split("/").slice(0, -1).some((folder) => SKIPPED_FOLDERS.has(folder)));
+  return found.filter(
+    ({ name }) =>
+      !name
+        .split("/")
+        .slice(0, -1)
+        .some((folder) => SKIPPED_FOLDERS.has(folder)),
+  );
 }
 
 /** Files with their text: `{name, text, note}`, where text is null for a file that is named only, and note says why. */
@@ -69,7 +75,9 @@ async function extract(file) {
 /** One text of all files, or an empty one. */
 export function pack(files) {
   if (!files.some(({ text }) => text !== null)) return "";
-  const sections = files.filter(({ text }) => text !== null).map(({ name, text, note }) => `## ${spelled(name)}\n\n${note ? `(${note})\n\n` : ""}${fenced(text)}\n`);
+  const sections = files
+    .filter(({ text }) => text !== null)
+    .map(({ name, text, note }) => `## ${spelled(name)}\n\n${note ? `(${note})\n\n` : ""}${fenced(text)}\n`);
   return `The files below are given, each under its path.\n\n${fenced(tree(files).join("\n"))}\n${sections.join("")}`;
 }
 
@@ -87,7 +95,8 @@ function tree(files) {
     const last = folders.pop();
     let shared = 0;
     while (shared < Math.min(folders.length, open.length) && folders[shared] === open[shared]) shared += 1;
-    for (let depth = shared; depth < folders.length; depth += 1) lines.push(`${"  ".repeat(depth)}${spelled(folders[depth])}/`);
+    for (let depth = shared; depth < folders.length; depth += 1)
+      lines.push(`${"  ".repeat(depth)}${spelled(folders[depth])}/`);
     open = folders;
     lines.push(`${"  ".repeat(folders.length)}${spelled(last)}${text === null ? ` (left out: ${note})` : ""}`);
   }

@@ -2,8 +2,8 @@
 // attribute that it reaches is the address of a link, which has to be http, https or mailto. Pictures become links,
 // because loading one would tell its server that it was read.
 //
-// A long answer is drawn again many times a second while it grows. So the text is cut into blocks first, and only blocks
-// whose source has changed are built again: `update` below. Every search that fails is remembered, and nesting has a
+// A long answer is drawn again many times a second while it grows. So the text is cut into blocks first, and only
+// blocks whose source has changed are built again: `update` below. Every search that fails is remembered, and nesting has a
 // limit, so that no text, however odd, takes more than a few passes.
 
 const DEEPEST = 8;
@@ -126,7 +126,10 @@ function list(lines, at, depth) {
   return [
     end,
     () => {
-      const node = make(ordered ? "ol" : "ul", items.map((inner) => make("li", build(inner, depth))));
+      const node = make(
+        ordered ? "ol" : "ul",
+        items.map((inner) => make("li", build(inner, depth))),
+      );
       if (ordered && Number.parseInt(first, 10) !== 1) node.start = Number.parseInt(first, 10);
       return node;
     },
@@ -136,20 +139,28 @@ function list(lines, at, depth) {
 function table(lines, at) {
   let end = at + 2;
   while (end < lines.length && lines[end].includes("|") && !BLANK.test(lines[end])) end += 1;
-  const sides = cells(lines[at + 1]).map((cell) => (cell.endsWith(":") ? (cell.startsWith(":") ? "center" : "right") : ""));
+  const sides = cells(lines[at + 1]).map((cell) =>
+    cell.endsWith(":") ? (cell.startsWith(":") ? "center" : "right") : "",
+  );
   const row = (line, kind) => {
     const texts = cells(line);
-    return make("tr", sides.map((side, column) => {
-      const cell = make(kind, inline(texts[column] ?? ""));
-      if (side) cell.classList.add(side);
-      return cell;
-    }));
+    return make(
+      "tr",
+      sides.map((side, column) => {
+        const cell = make(kind, inline(texts[column] ?? ""));
+        if (side) cell.classList.add(side);
+        return cell;
+      }),
+    );
   };
   return [
     end,
     () => {
       const head = make("thead", [row(lines[at], "th")]);
-      const body = make("tbody", lines.slice(at + 2, end).map((line) => row(line, "td")));
+      const body = make(
+        "tbody",
+        lines.slice(at + 2, end).map((line) => row(line, "td")),
+      );
       const frame = make("div", [make("table", [head, body])]);
       frame.className = "table";
       frame.tabIndex = 0;
@@ -159,20 +170,32 @@ function table(lines, at) {
 }
 
 function cells(line) {
-  const inner = line.trim().replace(/^\|/, "").replace(/(?<!\\)\|$/, "");
+  const inner = line
+    .trim()
+    .replace(/^\|/, "")
+    .replace(/(?<!\\)\|$/, "");
   return inner.split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));
 }
 
 function paragraph(lines, at, depth) {
   let end = at + 1;
   while (end < lines.length && !BLANK.test(lines[end]) && !(depth < DEEPEST && starts(lines[end]))) end += 1;
-  const text = lines.slice(at, end).map((line) => line.trim()).join("\n");
+  const text = lines
+    .slice(at, end)
+    .map((line) => line.trim())
+    .join("\n");
   return [end, () => make("p", inline(text))];
 }
 
 /** Whether a line ends the paragraph above it. */
 function starts(line) {
-  return FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line) || /^ {0,3}(?:[-*+]|1[.)])[ \t]+\S/.test(line);
+  return (
+    FENCE.test(line) ||
+    HEADING.test(line) ||
+    RULE.test(line) ||
+    QUOTE.test(line) ||
+    /^ {0,3}(?:[-*+]|1[.)])[ \t]+\S/.test(line)
+  );
 }
 
 /** Nodes of the blocks inside a block; a single paragraph needs no frame of its own. */
@@ -185,7 +208,18 @@ function build(lines, depth) {
 
 // -- inside a line -----------------------------------------------------------------------------------------------
 
-const SPECIAL = /`+|\\[!-/:-@[-`{-~]|\*\*\*|\*\*|__|~~|[*_\n]|!?\[[^[\]\n]{0,999}\]\([^\s()<>]{1,1999}(?:[ \t]+"[^"\n]{0,999}")?\)|https?:\/\/[^\s<>"`]{1,1999}/g;
+const SPECIAL = new RegExp(
+  [
+    /`+/,
+    /\\[!-/:-@[-`{-~]/, // an escaped sign
+    /\*\*\*|\*\*|__|~~|[*_\n]/,
+    /!?\[[^[\]\n]{0,999}\]\([^\s()<>]{1,1999}(?:[ \t]+"[^"\n]{0,999}")?\)/, // [text](address "title")
+    /https?:\/\/[^\s<>"`]{1,1999}/,
+  ]
+    .map((part) => part.source)
+    .join("|"),
+  "g",
+);
 const LINK = /^(!?)\[([^\]]*)\]\(([^\s)]+)/;
 const TAGS = { "***": ["strong", "em"], "**": ["strong"], __: ["strong"], "~~": ["s"], "*": ["em"], _: ["em"] };
 const WORD = /[\p{L}\p{N}_]/u;

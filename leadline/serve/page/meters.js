@@ -24,7 +24,9 @@ export class Meters {
     set("m-speed", numbers.speed ? inSpeed(numbers.speed) : "");
     set("m-first", numbers.firstSeconds ? inSeconds(numbers.firstSeconds) : "");
     set("m-cached", numbers.prompt ? inPercent(numbers.cached / numbers.prompt) : "");
-    byId("m-cached").title = numbers.prompt ? `${whole(numbers.cached)} of ${whole(numbers.prompt)} tokens of the prompt came from the prefix cache` : "";
+    byId("m-cached").title = numbers.prompt
+      ? `${whole(numbers.cached)} of ${whole(numbers.prompt)} tokens of the prompt came from the prefix cache`
+      : "";
     const used = numbers.context ?? 0;
     const about = numbers.exact === false ? "≈ " : "";
     set("m-context", this.limit ? `${about}${whole(used)} / ${whole(this.limit)}` : "");

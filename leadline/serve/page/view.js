@@ -9,7 +9,16 @@ export function question(message, handlers) {
   const show = () => {
     const text = element("div", { className: "bubble" }, message.content);
     const edit = iconButton("edit", "Edit the question", () => change());
-    node.replaceChildren(label("You"), text, element("div", { className: "row" }, edit, copyButton("Copy the question", () => message.content)));
+    node.replaceChildren(
+      label("You"),
+      text,
+      element(
+        "div",
+        { className: "row" },
+        edit,
+        copyButton("Copy the question", () => message.content),
+      ),
+    );
     return edit;
   };
   const change = () => {
@@ -58,7 +67,10 @@ export function answer(message, results, handlers) {
     if (shownText !== message.content) showMarkdown(text, (shownText = message.content));
     text.hidden = !message.content;
     for (const [place, call] of message.tool_calls.entries()) {
-      if (call && !cards[place]) calls.append((cards[place] = callView(call, results.get(call.id), !running && handlers.reply ? send : null)).node);
+      if (call && !cards[place])
+        calls.append(
+          (cards[place] = callView(call, results.get(call.id), !running && handlers.reply ? send : null)).node,
+        );
       cards[place]?.update(running);
     }
     if (!running) row.replaceChildren(...rowOf(message, handlers));
@@ -101,7 +113,8 @@ function thinkingView(message) {
     node.classList.toggle("busy", busy);
     title.textContent = busy ? (thought ? "Thinking" : "Reading") : "Thought";
     const known = thought ? [inTokens(numbers.thinkingTokens ?? 0)] : [];
-    if (thought && numbers.thinkingSeconds !== null && numbers.thinkingSeconds !== undefined) known.push(inSeconds(numbers.thinkingSeconds));
+    if (thought && numbers.thinkingSeconds !== null && numbers.thinkingSeconds !== undefined)
+      known.push(inSeconds(numbers.thinkingSeconds));
     facts.textContent = known.join(" · ");
     // Only what is new is added: a long thought stays cheap to show, and text that is marked stays marked.
     const shown = body.textContent;
@@ -140,7 +153,13 @@ function callView(call, result, send) {
   const update = (running) => {
     name.textContent = call.function.name;
     code.textContent = pretty(call.function.arguments);
-    state.textContent = running ? "is being written" : result !== undefined ? "answered" : send ? "waits for its result" : "";
+    state.textContent = running
+      ? "is being written"
+      : result !== undefined
+        ? "answered"
+        : send
+          ? "waits for its result"
+          : "";
   };
   return { node, update, result: () => box.value.trim() && box.value, focus: () => box.focus() };
 }
@@ -186,7 +205,10 @@ function copyButton(title, text) {
 
 /** Put a text on the clipboard, and say so on the button. */
 export async function copy(text, button) {
-  const done = await navigator.clipboard.writeText(text).then(() => true, () => false);
+  const done = await navigator.clipboard.writeText(text).then(
+    () => true,
+    () => false,
+  );
   button.classList.add(done ? "done" : "undone");
   button.dataset.said = done ? "Copied" : "Not allowed";
   setTimeout(() => {
