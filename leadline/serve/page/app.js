@@ -43,11 +43,10 @@ function show() {
   const nodes = [];
   for (const message of messages) {
     if (message.role === "tool") continue; // shown with its call
-    const isLast = message === messages.at(-1);
-    const waits = isLast && message.finish === "tool_calls";
-    const shape = `${isLast} ${waits} ${message.tool_calls?.filter(({ id }) => results.has(id)).length}`;
+    const waits = message === messages.at(-1) && message.finish === "tool_calls";
+    const shape = `${waits} ${message.tool_calls?.filter(({ id }) => results.has(id)).length}`;
     let known = views.get(message);
-    if (known?.shape !== shape) views.set(message, (known = { shape, view: viewOf(message, results, isLast, waits) }));
+    if (known?.shape !== shape) views.set(message, (known = { shape, view: viewOf(message, results, waits) }));
     known.view.update?.();
     nodes.push(known.view.node);
   }
@@ -60,10 +59,10 @@ function show() {
   meters.show(lastNumbers(), !running);
 }
 
-function viewOf(message, results, isLast, waits) {
+function viewOf(message, results, waits) {
   if (message.role === "user")
     return questionView(message, { edit: (text) => ask(text, conversation.messages.indexOf(message)) });
-  return answerView(message, results, { again: isLast ? again : null, reply: waits ? reply : null });
+  return answerView(message, results, { again, reply: waits ? reply : null });
 }
 
 function lastNumbers() {
@@ -138,6 +137,7 @@ async function run() {
   running = mine;
   conversation.messages.push(answer.message);
   show();
+  if (document.activeElement === document.body && matchMedia("(hover: hover)").matches) byId("question").focus();
   scrollToEnd();
   store();
   busy(true);

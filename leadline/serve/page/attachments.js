@@ -66,7 +66,8 @@ export class Attachments {
     const title = byId("files-summary");
     byId("files").hidden = !files.length;
     byId("files").classList.toggle("over", tokens >= this.limit);
-    title.textContent = `${whole(files.length)} ${files.length === 1 ? "file" : "files"}${tokens === null ? "" : ` · ${inTokens(tokens)}`}`;
+    const size = tokens === null ? "" : ` · ${inTokens(tokens)}`;
+    title.textContent = `${whole(files.length)} ${files.length === 1 ? "file" : "files"}${size}`;
     title.title = tokens >= this.limit ? `More than fits: the model reads ${inTokens(this.limit)}.` : "";
     byId("files-list").replaceChildren(...files.map((file) => this.#row(file)));
   }

@@ -3,8 +3,8 @@
 // because loading one would tell its server that it was read.
 //
 // A long answer is drawn again many times a second while it grows. So the text is cut into blocks first, and only
-// blocks whose source has changed are built again: `update` below. Every search that fails is remembered, and nesting has a
-// limit, so that no text, however odd, takes more than a few passes.
+// blocks whose source has changed are built again: `update` below. Every search that fails is remembered, and nesting
+// has a limit, so that no text, however odd, takes more than a few passes.
 
 const DEEPEST = 8;
 const FENCE = /^ {0,3}(`{3,}|~{3,})[ \t]*([^`]*)$/;

@@ -48,7 +48,7 @@ export function question(message, handlers) {
   return { node };
 }
 
-/** An answer. results: of its calls, by id. handlers: again() for the last one, reply(results) while calls wait. */
+/** An answer. results: of its calls, by id. handlers: again(), reply(results) while calls wait. */
 export function answer(message, results, handlers) {
   const node = element("li", { className: "message assistant" });
   const thinking = thinkingView(message);
@@ -57,6 +57,9 @@ export function answer(message, results, handlers) {
   const row = element("div", { className: "row" });
   node.append(label("Model"), thinking.node, text, calls, row);
   const cards = [];
+  const sendAll = element("button", { type: "button", className: "plain strong" });
+  sendAll.textContent = message.tool_calls.length > 1 ? "Send results" : "Send result";
+  sendAll.addEventListener("click", () => send());
   let shownText = null;
 
   const update = () => {
@@ -67,12 +70,14 @@ export function answer(message, results, handlers) {
     if (shownText !== message.content) showMarkdown(text, (shownText = message.content));
     text.hidden = !message.content;
     for (const [place, call] of message.tool_calls.entries()) {
-      if (call && !cards[place])
-        calls.append(
-          (cards[place] = callView(call, results.get(call.id), !running && handlers.reply ? send : null)).node,
-        );
-      cards[place]?.update(running);
+      if (!call) continue; // a later one has begun first
+      if (!cards[place]) {
+        cards[place] = callView(call, results.get(call.id), handlers.reply ? send : null);
+        calls.append(cards[place].node);
+      }
+      cards[place].update(running);
     }
+    if (handlers.reply && !running) calls.append(sendAll);
     if (!running) row.replaceChildren(...rowOf(message, handlers));
   };
   const send = () => {
@@ -93,9 +98,13 @@ function rowOf(message, handlers) {
   if (numbers.mode) facts.push(inModes(numbers.mode));
   if (numbers.tokens) facts.push(inTokens(numbers.tokens));
   if (numbers.speed) facts.push(inSpeed(numbers.speed));
-  const nodes = [copyButton("Copy the answer", () => message.content)];
-  if (handlers.again) nodes.unshift(iconButton("again", "Answer again", handlers.again));
-  return [...nodes, element("span", { className: "facts" }, facts.join(" · "))];
+  const again = iconButton("again", "Answer again", handlers.again);
+  again.classList.add("again"); // seen on the last answer only
+  return [
+    again,
+    copyButton("Copy the answer", () => message.content),
+    element("span", { className: "facts" }, facts.join(" · ")),
+  ];
 }
 
 function thinkingView(message) {
@@ -128,7 +137,7 @@ function thinkingView(message) {
   return { node, update };
 }
 
-/** A call, with its result, or with a box to give it. send: gives the results of all calls; null while they grow. */
+/** A call, with its result, or with a box to give it. send: gives the results of all calls; null if none is wanted. */
 function callView(call, result, send) {
   const name = element("span", { className: "name" });
   const code = element("code");
@@ -143,12 +152,10 @@ function callView(call, result, send) {
     node.append(shown);
   } else if (send) {
     box.setAttribute("aria-label", `Result of ${call.function.name}`);
-    const button = element("button", { type: "button", className: "plain strong" }, "Send result");
-    button.addEventListener("click", send);
     box.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) send();
     });
-    node.append(element("div", { className: "give" }, box, button));
+    node.append(element("div", { className: "give" }, box));
   }
   const update = (running) => {
     name.textContent = call.function.name;

@@ -110,6 +110,20 @@ def test_stop_keeps_what_was_said_and_frees_the_engine(stage: Stage) -> None:
     assert engine.num_open == 0
 
 
+def test_an_answer_stopped_before_it_began_can_be_asked_for_again(stage: Stage) -> None:
+    page, engine = stage.page, stage.engine
+    engine.say(HOLD, "never")
+    engine.say("", THINK_END, "now")
+    stage.ask("Well?")
+    expect(page.locator(".thinking .title")).to_have_text("Reading")
+    role(page, "button", "Stop").click()
+    expect(page.locator(".message")).to_have_count(1)
+    page.reload()
+    role(page, "button", "Retry").click()
+    expect(page.locator(".text")).to_have_text("now")
+    assert stage.sent[0] == stage.sent[1]
+
+
 def test_answer_again_asks_the_same_and_replaces(stage: Stage) -> None:
     page, engine = stage.page, stage.engine
     engine.say("", THINK_END, "heads")
@@ -220,6 +234,31 @@ def test_a_call_is_shown_while_it_is_written_and_can_be_answered(stage: Stage) -
     assert asked["content"] == "Umbrella?"
     assert json.loads(called["tool_calls"][0]["function"]["arguments"]) == {"city": "Paris", "days": 3}
     assert result == {"role": "tool", "tool_call_id": called["tool_calls"][0]["id"], "content": "4 mm"}
+
+
+def test_several_calls_are_answered_together_or_left_alone(stage: Stage) -> None:
+    page, engine = stage.page, stage.engine
+    page.locator("#open-settings").click()
+    page.get_by_label("Tools").fill(json.dumps(WEATHER))
+    page.keyboard.press("Escape")
+    for _ in range(2):
+        engine.say("", THINK_END, *calls_block([Call("get_weather", {"city": city}) for city in ("Rome", "Oslo")]))
+    engine.say("", THINK_END, "Rome.")
+    stage.ask("Where is it warmer?")
+    boxes = page.get_by_role("textbox", name="Result of get_weather")
+    expect(boxes).to_have_count(2)
+    boxes.nth(0).fill("20")
+    role(page, "button", "Send results").click()
+    expect(boxes.nth(1)).to_be_focused()
+    boxes.nth(1).fill("10")
+    role(page, "button", "Send results").click()
+    expect(stage.answer(1).locator(".call")).to_have_count(2)
+    expect(page.locator(".result")).to_have_text(["20", "10"])
+    assert [message.get("content") for message in stage.sent[1]["messages"][2:]] == ["20", "10"]
+    expect(boxes).to_have_count(2)
+    stage.ask("Just guess.")
+    expect(stage.answer(2).locator(".text")).to_have_text("Rome.")
+    expect(boxes).to_have_count(0)
 
 
 # -- trouble -----------------------------------------------------------------------------------------------------------
@@ -374,8 +413,32 @@ def test_a_reload_keeps_the_conversation_also_in_the_middle_of_an_answer(stage: 
     expect(role(page, "radio", "Max")).to_be_checked()
     role(page, "button", "New conversation").click()
     expect(page.locator("#welcome")).to_be_visible()
+    role(page, "button", "Undo").click()
+    expect(page.locator(".bubble")).to_have_text(["one", "two"])
+    role(page, "button", "New conversation").click()
     page.reload()
     expect(page.locator(".message")).to_have_count(0)
+
+
+def test_what_the_browser_has_no_room_for_is_said(stage: Stage) -> None:
+    page = stage.page
+    page.evaluate(
+        """() => {
+            let size = 2 ** 22, fill = "";
+            for (; size >= 1024; size /= 2) {
+                try { localStorage.setItem("fill", fill + "x".repeat(size)); fill += "x".repeat(size); } catch {}
+            }
+            localStorage.setItem("fill", fill.slice(4096));
+        }"""
+    )
+    page.locator("#pick-files").set_input_files({"name": "big.txt", "mimeType": "text/plain", "buffer": b"the quick brown fox " * 400})
+    expect(page.locator("#notice")).to_contain_text("The files are too large for the browser to keep")
+    stage.engine.say("", THINK_END, "x " * 40)
+    stage.ask("small")
+    expect(page.locator(".assistant .row .facts")).to_be_visible()
+    page.reload()
+    expect(page.locator(".bubble")).to_have_text("small")
+    expect(page.locator("#files")).to_be_hidden()
 
 
 def test_a_conversation_is_downloaded_and_loaded_again(stage: Stage, tmp_path: Path) -> None:
