@@ -194,7 +194,7 @@ def _shares(packed: Bundle, tokens: Sequence[int]) -> Table:
     table = _table("where the tokens are", "tokens", "share", "")
     for rows in (by_folder, by_file):
         for name, number in rows:
-            bar = Bar(size=total, begin=0, end=number, width=BAR_WIDTH, color="cyan")
+            bar = Bar(size=rows[0][1], begin=0, end=number, width=BAR_WIDTH, color="cyan")
             table.add_row(Text(spelled(name)), f"{number:,}", f"{number / total:.1%}", bar)
         table.add_section()
     return table

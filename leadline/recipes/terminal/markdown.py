@@ -8,8 +8,11 @@ A model may write any character, and some of them command the terminal. Such cha
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markdown_it import MarkdownIt
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -29,22 +32,25 @@ def harmless(text: str) -> str:
     return text.translate(_COMMANDS)
 
 
-def last_block(text: str) -> int:
-    """Where the last block of a text begins, in characters; what stands before it is complete."""
-    starts = [token.map[0] for token in MarkdownIt().enable("table").parse(text) if token.level == 0 and token.map]
-    lines = text.split("\n")
-    return sum(len(line) + 1 for line in lines[: max(starts, default=0)])
+def blocks_of(text: str) -> list[str]:
+    """The text cut where its blocks begin; the last may still grow, those before it are complete."""
+    tokens = MarkdownIt().enable("table").parse(text)
+    starts = [token.map[0] for token in tokens if token.level == 0 and token.map]
+    lines = re.findall(r"[^\n]*\n|[^\n]+", text)
+    return ["".join(lines[start:end]) for start, end in pairwise([0, *starts[1:], len(lines)])]
 
 
 @dataclass(frozen=True)
-class Tail:
-    """The last lines of something, as many as the terminal has."""
+class Lines:
+    """The lines of something without the empty ones around it. most: the last so many of them, None for all."""
 
     content: RenderableType
+    most: int | None = None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         lines = console.render_lines(self.content, options.update(height=None), pad=False)
-        for line in lines[-max(console.height - 2, 1) :]:
+        filled = [n for n, line in enumerate(lines) if any(segment.text.strip() for segment in line)]
+        for line in lines[filled[0] : filled[-1] + 1][-self.most if self.most else 0 :] if filled else ():
             yield from line
             yield Segment.line()
 
@@ -64,7 +70,7 @@ class Frames:
 
     def draw(self, content: RenderableType) -> None:
         """Show the end of something in place of what was there."""
-        self._live.update(Tail(content), refresh=True)
+        self._live.update(Lines(content, max(self._live.console.height - 2, 1)), refresh=True)
         self._drawn = time.monotonic()
 
     def close(self) -> None:
@@ -77,24 +83,28 @@ class MarkdownStream:
 
     def __init__(self, console: Console) -> None:
         self._console, self._frames, self._pending = console, Frames(console), ""
+        self._is_first = True
 
     def feed(self, text: str) -> None:
         """Add a piece."""
         self._pending += harmless(text)
-        if not self._frames.is_due:
-            return
-        cut = last_block(self._pending)
-        complete, self._pending = self._pending[:cut], self._pending[cut:]
-        if complete.strip():
-            self._console.print(_rendered(complete))  # above the frame
-            self._console.print()
-        self._frames.draw(_rendered(self._pending))
+        if self._frames.is_due:
+            *complete, self._pending = blocks_of(self._pending)
+            self._print(complete)  # above the frame
+            self._frames.draw(_rendered(self._pending))
 
     def close(self) -> None:
         """The text is complete."""
         self._frames.close()
-        if self._pending.strip():
-            self._console.print(_rendered(self._pending))
+        self._print(blocks_of(self._pending))
+
+    def _print(self, blocks: Iterable[str]) -> None:
+        for block in blocks:
+            if block.strip():
+                if not self._is_first:
+                    self._console.print()
+                self._console.print(Lines(_rendered(block)), end="")
+                self._is_first = False
 
 
 def _rendered(text: str) -> Markdown:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from leadline.recipes.terminal import markdown
-from leadline.recipes.terminal.markdown import MarkdownStream, Tail, harmless, last_block
+from leadline.recipes.terminal.markdown import Lines, MarkdownStream, blocks_of, harmless
 
 ANSWER = """\
 # Title
@@ -37,17 +38,25 @@ def f():
 The end."""
 
 
-def test_the_last_block_begins_behind_everything_complete() -> None:
-    starts = {last_block(ANSWER[:end]) for end in range(len(ANSWER) + 1)}
-    blocks = ("# Title", "A paragraph", "1. one", "```python", "| a | b |", "The end")
-    assert starts == {ANSWER.index(block) for block in blocks}
+BLOCKS = ("# Title", "A paragraph", "1. one", "```python", "| a | b |", "The end")
 
 
+def test_a_text_is_cut_where_its_blocks_begin() -> None:
+    starts = [ANSWER.index(block) for block in BLOCKS]
+    assert blocks_of(ANSWER) == [ANSWER[start:end] for start, end in itertools.pairwise([*starts, len(ANSWER)])]
+
+
+def test_complete_blocks_stay_what_they_are_while_more_is_written() -> None:
+    whole = blocks_of(ANSWER)
+    for end in range(len(ANSWER) + 1):
+        *complete, _ = blocks_of(ANSWER[:end])
+        assert complete == whole[: len(complete)]
+
+
+@settings(max_examples=200)
 @given(text=st.text(st.sampled_from("ab*`#->|_[]()1. \n\t")))
-def test_any_text_has_a_last_block_at_the_start_of_a_line(text: str) -> None:
-    cut = last_block(text)
-    assert 0 <= cut <= len(text) + 1
-    assert cut == 0 or text[cut - 1] == "\n"
+def test_no_text_gets_lost_between_blocks(text: str) -> None:
+    assert "".join(blocks_of(text)) == text
 
 
 def shown(pieces: list[str], width: int = 60) -> str:
@@ -87,6 +96,6 @@ def test_a_sequence_of_the_model_is_shown_and_not_obeyed() -> None:
 
 def test_a_frame_holds_the_last_lines_that_fit() -> None:
     console = Console(file=io.StringIO(), width=20, height=6)
-    console.print(Tail(Text("\n".join(f"line {n}" for n in range(50)))))
+    console.print(Lines(Text("\n" + "\n".join(f"line {n}" for n in range(50)) + "\n\n"), most=4), end="")
     lines = console.file.getvalue().split()  # pyright: ignore[reportAttributeAccessIssue]
     assert lines == ["line", "46", "line", "47", "line", "48", "line", "49"]
