@@ -18,6 +18,7 @@ http://127.0.0.1:8000/v1 and any API key. Ctrl-C or SIGTERM lets running answers
   body_mib=32       most of a request                 origins=URL,URL   web pages that may call the server
   grace=60          seconds for running answers at the end
   log_prompts=no    prompts are logged only if asked  allow_short_max=no   mode max with less than 384K of context
+  batch_invariant=no   on the CPU: the same bits whatever else is served, slower
 
   leadline serve runs/demo/checkpoint port=8080
 """
@@ -75,6 +76,7 @@ class Options:
     origins: tuple[str, ...] = ()
     log_prompts: bool = False
     allow_short_max: bool = False
+    batch_invariant: bool = False
     grace: int = 60
 
 
@@ -137,6 +139,7 @@ def engine_of(model: Transformer, options: Options) -> Engine:
             max_tokens=context,
             step_tokens=options.step_tokens,
             speculate=options.speculate,
+            batch_invariant=options.batch_invariant,
         ),
     )
 

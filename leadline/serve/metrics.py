@@ -93,7 +93,9 @@ class _Engine(Collector):
         gauges = {
             "num_requests_running": ("Sequences that have a slot.", look.running),
             "num_requests_waiting": ("Sequences that wait for one.", look.waiting),
+            "num_free_slots": ("Slots that no sequence has.", look.free_slots),
             "kv_cache_usage_perc": ("Part of the pages that is held, 1 = all.", look.held_pages / look.pages),
+            "kv_cache_pages": ("Pages that are held, by sequences or the prefix cache.", look.held_pages),
             "prefix_cache_pages": ("Pages that the prefix cache holds.", look.cached_pages),
             "kv_cache_bytes": ("Bytes of all slots, pages and blocks that are held.", look.cache_bytes),
         }

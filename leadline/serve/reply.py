@@ -213,7 +213,8 @@ class Reply:
             self._service.metrics.first_token(self._first - self._start)
         self._output_tokens += 1
         self._reasoning_tokens += self._section == "reasoning"
-        self._in_calls = self._in_calls or token.id == self._dsml
+        # In an answer that is nothing but text, the token that begins calls begins nothing.
+        self._in_calls = self._in_calls or (token.id == self._dsml and not isinstance(self._parser, PlainText))
 
     def _visible(self, events: Iterable[Event]) -> list[Event]:
         """Events as the client may see them; sets `_cut` where the answer ends by them."""

@@ -26,11 +26,13 @@ _LOOK_S = 0.5
 
 @dataclass(frozen=True)
 class Look:
-    """The engine at a glance. pages: of the pool; held_pages: by running sequences and the prefix cache; cached_pages:
-    by the prefix cache (some of them by running sequences too). cache_bytes: of everything held."""
+    """The engine at a glance. free_slots: that no sequence has. pages: of the pool; held_pages: by running sequences
+    and the prefix cache; cached_pages: by the prefix cache (some of them by running sequences too). cache_bytes: of
+    everything held."""
 
     running: int = 0
     waiting: int = 0
+    free_slots: int = 0
     pages: int = 1
     held_pages: int = 0
     cached_pages: int = 0
@@ -80,7 +82,7 @@ class Worker:
         self.engine = engine
         self.failure: str | None = None
         """Why the engine has stopped for good; None while all is well."""
-        self.look = Look(pages=engine.memory.pool.num_pages)
+        self.look = Look(free_slots=engine.memory.num_free_slots, pages=engine.memory.pool.num_pages)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[int, Stream] = {}  # by sequence number; belongs to the thread
         self._open: set[Stream] = set()  # belongs to the event loop
@@ -202,6 +204,7 @@ class Worker:
         self.look = Look(
             len(engine.running),
             len(engine.waiting),
+            memory.num_free_slots,
             pool.num_pages,
             pool.num_pages - pool.num_free,
             memory.prefix.num_pages,

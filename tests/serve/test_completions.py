@@ -7,6 +7,7 @@ import pytest
 from openai import OpenAI
 
 from leadline.text.tokenizer import Tokenizer
+from leadline.text.tools import DSML
 
 ASK: Any = {"model": "tiny", "prompt": "the quick", "max_tokens": 8, "seed": 1}
 
@@ -41,6 +42,14 @@ def test_logprobs_stand_beside_their_tokens(openai_client: OpenAI) -> None:
     assert logprobs.token_logprobs
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) <= 8
     assert all(value is not None and value <= 0 for value in logprobs.token_logprobs)
+
+
+def test_logprobs_go_on_behind_a_token_that_would_begin_calls(server: Any, tokenizer: Tokenizer) -> None:
+    first = {"logit_bias": {str(tokenizer.token_id(DSML)): 100}, "presence_penalty": 100, "logprobs": 0}
+    answer = server.post("/v1/completions", {**ASK, **first}).json()
+    (choice,) = answer["choices"]
+    assert choice["text"]
+    assert 0 < len(choice["logprobs"]["tokens"]) < answer["usage"]["completion_tokens"]
 
 
 @pytest.mark.parametrize(

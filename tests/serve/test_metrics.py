@@ -21,7 +21,7 @@ def read(server: Any) -> dict[str, float]:
 def test_an_answer_is_counted_once(server: Any) -> None:
     server.settle()
     before = read(server)
-    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "thinking_budget": 4, "seed": 1}
+    body = {"messages": [{"role": "user", "content": "hello" * 40}], "max_tokens": 12, "thinking_budget": 4, "seed": 1}
     usage = server.post("/v1/chat/completions", body).json()["usage"]
     server.post("/v1/chat/completions", {**body, "n": 0})
     after = read(server)
@@ -42,3 +42,5 @@ def test_an_answer_is_counted_once(server: Any) -> None:
     assert after["leadline:num_requests_running"] == after["leadline:num_requests_waiting"] == 0
     assert 0 < after["leadline:kv_cache_usage_perc"] < 1
     assert after["leadline:num_preemptions_total"] == 0
+    assert after["leadline:num_free_slots"] == 4
+    assert after["leadline:kv_cache_pages"] == after["leadline:prefix_cache_pages"] > 0  # at rest, only the cache holds
