@@ -1,24 +1,29 @@
 // An answer as it grows: chunks are put into the message, and tokens and seconds are counted. A chunk is about a token;
 // the exact numbers come with the usage at the end.
 
+// A speed over less time than this says nothing.
+const SHORTEST_S = 0.05;
+
 export class Answer {
   /** before: tokens of the conversation so far, as well as they are known. */
   constructor(mode, before) {
+    this.numbers = { mode };
     this.message = {
       role: "assistant",
       content: "",
       reasoning_content: "",
       tool_calls: [],
-      finish: null,
-      numbers: { mode },
+      finish: null, // as long as it grows
+      numbers: this.numbers,
     };
-    this.numbers = this.message.numbers;
     this.before = before;
-    this.start = performance.now();
-    this.first = null;
-    this.thought = null;
     this.tokens = 0;
     this.thinkingTokens = 0;
+    // When it was asked for, when its first and its last token came, and when its thinking ended.
+    this.asked = performance.now();
+    this.first = null;
+    this.last = null;
+    this.thought = null;
     this.#count();
   }
 
@@ -28,17 +33,11 @@ export class Answer {
     const [choice] = chunk.choices ?? [];
     if (!choice) return;
     const { delta } = choice;
-    const said = delta.reasoning_content || delta.content || delta.tool_calls;
-    if (said) this.#tick(Boolean(delta.reasoning_content));
+    if (delta.reasoning_content || delta.content || delta.tool_calls) this.#tick(Boolean(delta.reasoning_content));
     this.message.reasoning_content += delta.reasoning_content ?? "";
     this.message.content += delta.content ?? "";
     for (const call of delta.tool_calls ?? []) this.#call(call);
     if (choice.finish_reason) this.message.finish = choice.finish_reason;
-  }
-
-  /** Whether it thinks and has said nothing else yet. */
-  get thinks() {
-    return this.message.finish === null && !this.message.content && !this.message.tool_calls.length;
   }
 
   #call({ index, id, function: part }) {
@@ -48,45 +47,49 @@ export class Answer {
     calls[index].function.arguments += part?.arguments ?? "";
   }
 
-  #tick(thinking) {
-    const now = performance.now();
-    this.first ??= now;
+  #tick(thinks) {
+    this.last = performance.now();
+    this.first ??= this.last;
     this.tokens += 1;
-    if (thinking) {
+    if (thinks) {
       this.thinkingTokens += 1;
-      this.thought = now;
-    } else if (this.thinkingTokens) {
-      this.thinkingEnd ??= now;
+      this.thought = this.last;
     }
-    this.last = now;
     this.#count();
   }
 
   #count() {
-    const seconds = (from, to) => (from === null ? null : (to - from) / 1000);
     Object.assign(this.numbers, {
       tokens: this.tokens,
       thinkingTokens: this.thinkingTokens,
-      firstSeconds: this.first === null ? null : seconds(this.start, this.first),
-      thinkingSeconds: this.thinkingTokens ? seconds(this.start, this.thinkingEnd ?? this.thought) : null,
-      speed: this.tokens > 1 ? (this.tokens - 1) / seconds(this.first, this.last) : null,
+      firstSeconds: this.#seconds(this.asked, this.first),
+      thinkingSeconds: this.#seconds(this.first, this.thought),
+      speed: this.#speed(this.tokens),
       context: this.before + this.tokens,
       exact: false,
     });
   }
 
   #settle(usage) {
-    const numbers = this.numbers;
-    if (this.tokens > 1 && usage.completion_tokens > 1)
-      numbers.speed = (usage.completion_tokens - 1) / ((this.last - this.first) / 1000);
-    Object.assign(numbers, {
+    Object.assign(this.numbers, {
       tokens: usage.completion_tokens,
       thinkingTokens: usage.completion_tokens_details.reasoning_tokens,
+      speed: this.#speed(usage.completion_tokens),
       context: usage.total_tokens,
       prompt: usage.prompt_tokens,
       cached: usage.prompt_tokens_details.cached_tokens,
       mode: usage.thinking_mode,
       exact: true,
     });
+  }
+
+  /** Tokens a second, without the first, whose time is the prompt's. */
+  #speed(tokens) {
+    const seconds = this.#seconds(this.first, this.last);
+    return seconds >= SHORTEST_S ? (tokens - 1) / seconds : null;
+  }
+
+  #seconds(from, to) {
+    return from === null || to === null ? null : (to - from) / 1000;
   }
 }

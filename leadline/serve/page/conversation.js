@@ -84,7 +84,12 @@ export function read(text) {
 function numbersOf(found) {
   const numbers = {};
   for (const [name, value] of Object.entries(found ?? {})) {
-    if (Number.isFinite(value) || typeof value === "boolean" || (name === "mode" && typeof value === "string"))
+    if (
+      value === null ||
+      Number.isFinite(value) ||
+      typeof value === "boolean" ||
+      (name === "mode" && typeof value === "string")
+    )
       numbers[name] = value;
   }
   return numbers;

@@ -16,13 +16,13 @@ export class Meters {
   constructor(api) {
     this.api = api;
     this.limit = 0;
-    this.asked = { tokens: -1, at: 0 };
+    this.asked = { tokens: -1, at: -Infinity };
   }
 
   /** Show the numbers of an answer; without any, of an empty conversation. ended: they will not change any more. */
   show(numbers = {}, ended = true) {
     set("m-speed", numbers.speed ? inSpeed(numbers.speed) : "");
-    set("m-first", numbers.firstSeconds ? inSeconds(numbers.firstSeconds) : "");
+    set("m-first", numbers.firstSeconds != null ? inSeconds(numbers.firstSeconds) : "");
     set("m-cached", numbers.prompt ? inPercent(numbers.cached / numbers.prompt) : "");
     byId("m-cached").title = numbers.prompt
       ? `${whole(numbers.cached)} of ${whole(numbers.prompt)} tokens of the prompt came from the prefix cache`
@@ -41,7 +41,7 @@ export class Meters {
     const time = performance.now();
     if (!this.limit || tokens === this.asked.tokens || (!ended && time - this.asked.at < EVERY_MS)) return;
     if (!tokens) {
-      this.asked = { tokens, at: 0 };
+      this.asked = { tokens, at: -Infinity };
       set("m-cache", "");
       return;
     }

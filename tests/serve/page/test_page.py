@@ -63,6 +63,7 @@ def test_an_answer_streams_and_its_numbers_are_shown(stage: Stage) -> None:
     expect(role(page, "button", "Stop")).to_be_visible()
     expect(page.locator(".assistant")).to_have_attribute("aria-busy", "true")
     assert page.locator("#m-context").inner_text().startswith("≈")
+    page.wait_for_timeout(100)  # no speed is told of less time
     turn.open.set()
     expect(page.locator(".text")).to_have_text("The first part, the second part.")
     expect(role(page, "button", "Send")).to_be_visible()
