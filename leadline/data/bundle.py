@@ -17,7 +17,7 @@
 
 What stands where decides what a prefix cache can keep. The tree holds names and no sizes, sections come in the order of
 the names, and a section depends on nothing but its own file: when one file changes, everything before it stays byte for
-byte the same.
+byte the same. A folder of which nothing is read, for one and the same reason, takes one line in the tree.
 
 A file cannot break out of its section. Its fence is longer than any run of backticks in it, so no line of it closes the
 fence; and a name with a line break or another unprintable character is spelled in JSON.
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,17 +132,17 @@ def lay_out(files: Iterable[File]) -> Bundle:
     """A bundle of files in the given order."""
     sections: list[Section] = []
     left_out: list[tuple[str, str]] = []
-    lines: list[tuple[str, str]] = []
+    reasons: dict[str, str | None] = {}
     for file in files:
         if file.text is None:
             left_out.append((file.name, file.note or "no text"))
         else:
             sections.append(Section(file.name, _section(file.name, file.text, file.note), file.note))
-        lines.append((file.name, f" (left out: {left_out[-1][1]})" if file.text is None else ""))
+        reasons[file.name] = left_out[-1][1] if file.text is None else None
     if not sections:
-        reasons = ", ".join(sorted({reason for _, reason in left_out})) or "no files"
-        raise BundleError(f"nothing to read ({reasons}): name files of text, or a folder with some")
-    tree = "\n".join(_tree(lines))
+        found = ", ".join(sorted({reason for _, reason in left_out})) or "no files"
+        raise BundleError(f"nothing to read ({found}): name files of text, or a folder with some")
+    tree = "\n".join(_tree(_folded(reasons)))
     return Bundle(f"{FOREWORD}\n\n{_fenced(tree)}\n", sections, left_out)
 
 
@@ -185,15 +185,36 @@ def _fenced(text: str) -> str:
     return f"{fence}\n{text}{end}{fence}\n"
 
 
-def _tree(lines: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Names and remarks as an indented list; a folder stands once, in front of what it holds."""
+def _folded(reasons: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Names and why they are left out; instead of the names in a folder of which nothing is read, all for the same
+    reason, the folder's own with a slash behind it."""
+    common: dict[str, set[str | None]] = {}
+    for name, reason in reasons.items():
+        for folder in _folders(name):
+            common.setdefault(folder, set()).add(reason)
+    lines: dict[str, str | None] = {}
+    for name, reason in reasons.items():
+        closed = (f"{folder}/" for folder in _folders(name) if reason is not None and common[folder] == {reason})
+        lines[next(closed, name)] = reason
+    return lines
+
+
+def _folders(name: str) -> Iterator[str]:
+    """The folders that a file lies in, the outermost first."""
+    parts = name.split("/")[:-1]
+    return ("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+
+
+def _tree(lines: Mapping[str, str | None]) -> Iterator[str]:
+    """The names as an indented list; a folder stands once, in front of what it holds."""
     open_folders: list[str] = []
-    for name, remark in lines:
-        *folders, last = name.split("/")
+    for name, reason in lines.items():
+        *folders, last = name.removesuffix("/").split("/")
         shared = 0
         while shared < min(len(folders), len(open_folders)) and folders[shared] == open_folders[shared]:
             shared += 1
         for depth in range(shared, len(folders)):
             yield f"{'  ' * depth}{spelled(folders[depth])}/"
         open_folders = folders
-        yield f"{'  ' * len(folders)}{spelled(last)}{remark}"
+        slash, remark = "/" * name.endswith("/"), f" (left out: {reason})" if reason else ""
+        yield f"{'  ' * len(folders)}{spelled(last)}{slash}{remark}"

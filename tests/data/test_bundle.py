@@ -74,6 +74,22 @@ def test_the_layout() -> None:
     assert found.left_out == [("img/logo.png", "binary")]
 
 
+def test_a_folder_that_is_left_out_takes_one_line() -> None:
+    names = ("a/cache/x", "a/cache/y/z", "a/mixed/x", "a/mixed/y", "a/text", "b/only/x")
+    reasons = ("binary", "binary", "binary", "too large", None, "binary")
+    found = lay_out([File(n, None if r else "text", r) for n, r in zip(names, reasons, strict=True)])
+    assert sections_of(found.tree)[0][1].splitlines() == [
+        "a/",
+        "  cache/ (left out: binary)",
+        "  mixed/",
+        "    x (left out: binary)",
+        "    y (left out: too large)",
+        "  text",
+        "b/ (left out: binary)",
+    ]
+    assert [name for name, _ in found.left_out] == ["a/cache/x", "a/cache/y/z", "a/mixed/x", "a/mixed/y", "b/only/x"]
+
+
 def hostile(folder: Path) -> Path:
     for name, content in {
         "a.txt": b"alpha\n",

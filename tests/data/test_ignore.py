@@ -38,6 +38,7 @@ CASES = [
     ("*|!*/", "x/", False),
     ("*|!*/", "x/y", True),
     ("*.py|!b/", "b/c.py", True),
+    ("*.py|!a/b", "a/b/c.py", True),
     ("!a|a", "a", True),
     ("*|!/a/b", "a/b", False),
     ("é", "é", True),
