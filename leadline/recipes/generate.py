@@ -122,8 +122,9 @@ def say(engine: Engine, request: Request, tokenizer: Tokenizer) -> None:
             for event in engine.step():
                 if event.error:
                     raise GenerationError(event.error)
-                for token in event.tokens:
+                if event.tokens and clock.first is None:
                     progress.stop()
+                for token in event.tokens:
                     clock.tick()
                     print(decoder.decode(tokenizer.token_bytes(token.id)), end="", flush=True)
             progress.update(task, completed=engine.seen(number))
@@ -133,13 +134,15 @@ def say(engine: Engine, request: Request, tokenizer: Tokenizer) -> None:
 
 
 def _reading(prompt_tokens: int) -> Progress:
+    console = Console(stderr=True)
     progress = Progress(
         TextColumn("reading {task.total:,} tokens"),
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
     progress.add_task("", total=prompt_tokens)
     return progress
