@@ -65,20 +65,31 @@ export async function read(found, already) {
 async function extract(file) {
   if (file.size > FILE_BYTES) return { text: null, note: "too large" };
   const bytes = new Uint8Array(await file.arrayBuffer());
-  if (bytes.includes(0)) return { text: null, note: "binary" };
-  const text = new TextDecoder().decode(bytes);
+  const encoding = { "255,254": "utf-16le", "254,255": "utf-16be" }[bytes.slice(0, 2)] ?? "utf-8";
+  if (encoding === "utf-8" && bytes.includes(0)) return { text: null, note: "binary" };
+  const text = new TextDecoder(encoding).decode(bytes);
   const faults = text.split("\ufffd").length - 1;
   if (faults > MOST_FAULTS * text.length) return { text: null, note: "not UTF-8" };
   return { text, note: faults ? `${faults} faults of encoding replaced by \ufffd` : null };
 }
 
-/** One text of all files, or an empty one. */
+/** One text of all files, or an empty one. A folder that holds all of them is not named: wherever it lies, and whatever
+ *  it is called, the text is the same. */
 export function pack(files) {
   if (!files.some(({ text }) => text !== null)) return "";
-  const sections = files
-    .filter(({ text }) => text !== null)
-    .map(({ name, text, note }) => `## ${spelled(name)}\n\n${note ? `(${note})\n\n` : ""}${fenced(text)}\n`);
-  return `The files below are given, each under its path.\n\n${fenced(tree(files).join("\n"))}\n${sections.join("")}`;
+  const named = withoutTop(files);
+  const sections = named.filter(({ text }) => text !== null).map(section);
+  return `The files below are given, each under its path.\n\n${fenced(tree(named).join("\n"))}\n${sections.join("")}`;
+}
+
+function withoutTop(files) {
+  const top = files[0].name.slice(0, files[0].name.indexOf("/") + 1);
+  const isShared = top && files.every(({ name }) => name.startsWith(top));
+  return isShared ? files.map((file) => ({ ...file, name: file.name.slice(top.length) })) : files;
+}
+
+function section({ name, text, note }) {
+  return `## ${spelled(name)}\n\n${note ? `(${note})\n\n` : ""}${fenced(text)}\n`;
 }
 
 function fenced(text) {

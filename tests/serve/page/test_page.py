@@ -14,6 +14,7 @@ import httpx
 import pytest
 from playwright.sync_api import Error, Locator, Page, expect
 
+from leadline.data.bundle import bundle
 from leadline.model import accounting, v32
 from leadline.model.transformer import Transformer
 from leadline.serve.limits import Keys
@@ -322,52 +323,34 @@ def test_a_server_with_keys_asks_for_one(
 
 # -- files -------------------------------------------------------------------------------------------------------------
 
-PACKED = """\
-The files below are given, each under its path.
-
-```
-project/
-  a.md
-  logo.png (left out: binary)
-  src/
-    z.py
-```
-
-## project/a.md
-
-````
-```
-code
-```
-````
-
-## project/src/z.py
-
-```
-print(1)
-```
-
-"""
+FILES_OF_A_PROJECT = {
+    "src/z.py": b"print(1)",
+    "src.txt": b"",
+    "a.md": b"```\ncode\n```\n",
+    "B dir/\u00e9\u00a0\U0001f600.txt": b"one fault among some letters: " + b"\xff\n",
+    "latin.txt": "\u00e9\u00e8\u00ea".encode("latin1"),
+    "wide.txt": "\u00e9 and more".encode("utf-16"),
+    "logo.png": b"\x89PNG\0",
+    ".git/config": b"secret",
+}
 
 
-def test_a_folder_becomes_one_text_in_a_stable_order(stage: Stage, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_folder_becomes_the_text_that_the_command_line_makes_of_it(
+    stage: Stage, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     page = stage.page
     project = tmp_path / "project"
-    for name, content in {
-        "src/z.py": b"print(1)",
-        "a.md": b"```\ncode\n```\n",
-        "logo.png": b"\x89PNG\0",
-        ".git/config": b"secret",
-    }.items():
+    for name, content in FILES_OF_A_PROJECT.items():
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_bytes(content)
+    packed = bundle([project]).text
     page.locator("#pick-folder").set_input_files(project)
-    count = len(tokenizer.encode(PACKED))
-    expect(page.locator("#files-summary")).to_have_text(f"3 files · {count} tokens")
+    count = len(tokenizer.encode(packed))
+    expect(page.locator("#files-summary")).to_have_text(f"7 files · {count:,} tokens")
     stage.engine.say("", THINK_END, "I see.")
     stage.ask("What is this?")
     expect(page.locator(".text")).to_have_text("I see.")
-    assert stage.sent[0]["messages"][0] == {"role": "system", "content": PACKED}
+    assert stage.sent[0]["messages"][0] == {"role": "system", "content": packed}
 
 
 def test_dropped_files_are_listed_and_removed(stage: Stage) -> None:
@@ -432,7 +415,9 @@ def test_what_the_browser_has_no_room_for_is_said(stage: Stage) -> None:
             localStorage.setItem("fill", fill.slice(4096));
         }"""
     )
-    page.locator("#pick-files").set_input_files({"name": "big.txt", "mimeType": "text/plain", "buffer": b"the quick brown fox " * 400})
+    page.locator("#pick-files").set_input_files(
+        {"name": "big.txt", "mimeType": "text/plain", "buffer": b"the quick brown fox " * 400}
+    )
     expect(page.locator("#notice")).to_contain_text("The files are too large for the browser to keep")
     stage.engine.say("", THINK_END, "x " * 40)
     stage.ask("small")
