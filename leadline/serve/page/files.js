@@ -98,20 +98,43 @@ function fenced(text) {
   return `${fence}\n${text}${text.endsWith("\n") || !text ? "" : "\n"}${fence}\n`;
 }
 
+/** Lines of the tree; a folder stands once, in front of what it holds. */
 function tree(files) {
   const lines = [];
   let open = [];
-  for (const { name, text, note } of files) {
-    const folders = name.split("/");
+  for (const [name, reason] of folded(files)) {
+    const folders = name.replace(/\/$/, "").split("/");
     const last = folders.pop();
     let shared = 0;
     while (shared < Math.min(folders.length, open.length) && folders[shared] === open[shared]) shared += 1;
     for (let depth = shared; depth < folders.length; depth += 1)
       lines.push(`${"  ".repeat(depth)}${spelled(folders[depth])}/`);
     open = folders;
-    lines.push(`${"  ".repeat(folders.length)}${spelled(last)}${text === null ? ` (left out: ${note})` : ""}`);
+    const remark = reason === null ? "" : ` (left out: ${reason})`;
+    lines.push(`${"  ".repeat(folders.length)}${spelled(last)}${name.endsWith("/") ? "/" : ""}${remark}`);
   }
   return lines;
+}
+
+/** Names and why they are left out. A folder of which nothing is read, for one reason, stands for all that it holds. */
+function folded(files) {
+  const reasons = new Map(files.map(({ name, text, note }) => [name, text === null ? note : null]));
+  const common = new Map(); // of a folder: the reasons of its files
+  for (const [name, reason] of reasons) {
+    for (const folder of foldersOf(name)) common.set(folder, (common.get(folder) ?? new Set()).add(reason));
+  }
+  const lines = new Map();
+  for (const [name, reason] of reasons) {
+    const closed = reason === null ? undefined : foldersOf(name).find((folder) => common.get(folder).size === 1);
+    lines.set(closed ?? name, reason);
+  }
+  return lines;
+}
+
+/** The folders that a file lies in, the outermost first, with a slash behind each. */
+function foldersOf(name) {
+  const parts = name.split("/").slice(0, -1);
+  return parts.map((_, depth) => `${parts.slice(0, depth + 1).join("/")}/`);
 }
 
 /** A name on one line: itself, or in JSON where it has characters that do not print. */

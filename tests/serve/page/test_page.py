@@ -331,6 +331,10 @@ FILES_OF_A_PROJECT = {
     "latin.txt": "\u00e9\u00e8\u00ea".encode("latin1"),
     "wide.txt": "\u00e9 and more".encode("utf-16"),
     "logo.png": b"\x89PNG\0",
+    "pictures/big/a.png": b"\0",
+    "pictures/b.png": b"\0",
+    "mixed/c.png": b"\0",
+    "mixed/d.txt": b"\xff\xff\xff",
     ".git/config": b"secret",
 }
 
@@ -346,7 +350,7 @@ def test_a_folder_becomes_the_text_that_the_command_line_makes_of_it(
     packed = bundle([project]).text
     page.locator("#pick-folder").set_input_files(project)
     count = len(tokenizer.encode(packed))
-    expect(page.locator("#files-summary")).to_have_text(f"7 files · {count:,} tokens")
+    expect(page.locator("#files-summary")).to_have_text(f"11 files · {count:,} tokens")
     stage.engine.say("", THINK_END, "I see.")
     stage.ask("What is this?")
     expect(page.locator(".text")).to_have_text("I see.")
