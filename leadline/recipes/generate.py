@@ -130,7 +130,8 @@ def say(engine: Engine, request: Request, tokenizer: Tokenizer) -> None:
             progress.update(task, completed=engine.seen(number))
             cache_bytes = max(cache_bytes, engine.cache_bytes)
     print(decoder.decode(b"", final=True), flush=True)
-    Console(stderr=True).print(summary(engine.usage(number), clock, cache_bytes), highlight=False, style="dim")
+    figures = summary(engine.usage(number), clock, cache_bytes)
+    Console(stderr=True).print(figures, highlight=False, style="dim", soft_wrap=True)
 
 
 def _reading(prompt_tokens: int) -> Progress:
