@@ -32,9 +32,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import torch
 from rich.console import Console
 
 from leadline.cli import UsageError, resolve, show
@@ -45,10 +43,9 @@ from leadline.engine.engine import Engine, Settings
 from leadline.engine.generate import GenerationError
 from leadline.engine.pages import pages_for
 from leadline.engine.request import RequestError, Sampling
-from leadline.model.cache_format import CACHE_FORMATS
 from leadline.model.page_table import PAGE_TOKENS
 from leadline.model.transformer import Transformer
-from leadline.recipes.generate import DTYPES
+from leadline.recipes.load_model import CacheName, DtypeName, load_model
 from leadline.recipes.pack import files_of, split_paths
 from leadline.recipes.terminal.commands import run
 from leadline.recipes.terminal.conversation import Conversation, ConversationError
@@ -59,7 +56,6 @@ from leadline.text.chat import Mode, Release
 from leadline.text.messages import ChatError
 from leadline.text.tokenizer import Tokenizer, TokenizerError
 from leadline.weights.fingerprint import fingerprint
-from leadline.weights.load import load_checkpoint
 
 # Beside the files, when context= does not say: a few questions and answers.
 TALK_TOKENS = 2**14
@@ -94,8 +90,8 @@ class Options:
     total_bytes: int = 2**26
     step_tokens: int = 512
     speculate: bool = False
-    cache: Literal["exact", "served", "packed"] = "exact"
-    dtype: Literal["file", "float32", "bfloat16", "float16"] = "file"
+    cache: CacheName = "exact"
+    dtype: DtypeName = "file"
     device: str = "auto"
 
 
@@ -148,10 +144,12 @@ def start(folder: Path, paths: Sequence[str], options: Options, screen: Screen, 
         left_out = f", {len(packed.left_out):,} left out" if packed.left_out else ""
         screen.note(files_of(packed) + left_out)
     opening_tokens = len(conversation.opening().ids(tokenizer))
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_checkpoint(folder, device, DTYPES[options.dtype], with_mtp=options.speculate)
-    model.cache_format = CACHE_FORMATS[options.cache]
-    engine = engine_for_talk(model, opening_tokens, options, disk_cache(folder, device, options, screen.note))
+    model = load_model(
+        folder, device=options.device, dtype=options.dtype, cache=options.cache, with_mtp=options.speculate
+    )
+    engine = engine_for_talk(
+        model, opening_tokens, options, disk_cache(folder, model.embed.weight.device.type, options, screen.note)
+    )
     return Session(
         engine,
         tokenizer,
@@ -180,11 +178,10 @@ def engine_for_talk(model: Transformer, opening_tokens: int, options: Options, d
     return Engine(model, settings, disk)
 
 
-def disk_cache(folder: Path, device: str, options: Options, report: Callable[[str], None]) -> DiskCache | None:
+def disk_cache(folder: Path, kind: str, options: Options, report: Callable[[str], None]) -> DiskCache | None:
     """The cache of disk=FOLDER, for what this model computes on this kind of device in these formats."""
     if options.disk is None:
         return None
-    kind = torch.device(device).type
     model = f"{fingerprint(folder)} {options.dtype} {options.cache} {kind} mtp={options.speculate}"
     return DiskCache(options.disk.expanduser(), model, options.disk_bytes, report)
 

@@ -24,9 +24,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -35,11 +33,8 @@ from leadline.engine.engine import Engine
 from leadline.engine.generate import GenerationError, engine_for
 from leadline.engine.request import Request, Sampling
 from leadline.engine.sequence import Usage
-from leadline.model.cache_format import CACHE_FORMATS
+from leadline.recipes.load_model import CacheName, DtypeName, load_model
 from leadline.text.tokenizer import Tokenizer
-from leadline.weights.load import load_checkpoint
-
-DTYPES = {"file": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -54,8 +49,8 @@ class Options:
     seed: int = 0
     step_tokens: int = 512
     speculate: bool = False
-    cache: Literal["exact", "served", "packed"] = "exact"
-    dtype: Literal["file", "float32", "bfloat16", "float16"] = "file"
+    cache: CacheName = "exact"
+    dtype: DtypeName = "file"
     device: str = "auto"
 
 
@@ -69,9 +64,9 @@ def main(arguments: list[str]) -> int:
         raise UsageError(f"expected a checkpoint folder and a prompt, found {len(words)} of them: {' '.join(words)}")
     folder, prompt = Path(words[0]), read_prompt(words[1])
     tokenizer = Tokenizer.load(folder)
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_checkpoint(folder, device, DTYPES[options.dtype], with_mtp=options.speculate)
-    model.cache_format = CACHE_FORMATS[options.cache]
+    model = load_model(
+        folder, device=options.device, dtype=options.dtype, cache=options.cache, with_mtp=options.speculate
+    )
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.min_p, seed=options.seed)
     request = Request(
         (tokenizer.bos_id, *tokenizer.encode(prompt)), options.max_tokens, sampling, frozenset({tokenizer.eos_id})

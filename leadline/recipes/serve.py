@@ -30,26 +30,21 @@ import logging
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import torch
 import uvicorn
 from rich.console import Console
 
 from leadline.cli import UsageError, resolve, show
 from leadline.engine.engine import Engine, Settings
 from leadline.engine.pages import pages_for
-from leadline.model.cache_format import CACHE_FORMATS
 from leadline.model.page_table import PAGE_TOKENS
 from leadline.model.transformer import Transformer
+from leadline.recipes.load_model import CacheName, DtypeName, load_model
 from leadline.serve.app import create_app
 from leadline.serve.limits import Keys, Limits
 from leadline.serve.service import Policy, Service
 from leadline.text.chat import Mode, Release
 from leadline.text.tokenizer import Tokenizer
-from leadline.weights.load import load_checkpoint
-
-DTYPES = {"file": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -69,8 +64,8 @@ class Options:
     pages: int = 0
     step_tokens: int = 512
     speculate: bool = False
-    cache: Literal["exact", "served", "packed"] = "exact"
-    dtype: Literal["file", "float32", "bfloat16", "float16"] = "file"
+    cache: CacheName = "exact"
+    dtype: DtypeName = "file"
     device: str = "auto"
     body_mib: int = 32
     origins: tuple[str, ...] = ()
@@ -113,9 +108,9 @@ def main(arguments: list[str]) -> int:
 def build(folder: Path, options: Options, keys: Keys) -> Service:
     """Load a checkpoint and put an engine around it."""
     tokenizer = Tokenizer.load(folder)
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_checkpoint(folder, device, DTYPES[options.dtype], with_mtp=options.speculate)
-    model.cache_format = CACHE_FORMATS[options.cache]
+    model = load_model(
+        folder, device=options.device, dtype=options.dtype, cache=options.cache, with_mtp=options.speculate
+    )
     policy = Policy(
         options.name or folder.resolve().name,
         options.aliases,
