@@ -1,7 +1,8 @@
 """Rules for every test: one thread, a seed of its own, and property tests that draw the same examples in each run.
 
 Tests marked `gpu` or `multi_gpu` exist only where there are such devices, those marked `interpret` only where there is
-none but Triton: it decides once, when it is imported, between compiling kernels and interpreting them.
+none but Triton: it decides once, when it is imported, between compiling kernels and interpreting them. Those marked
+`ray` exist where the extra `ray` is installed.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out the tests that this machine cannot run."""
     absent = set() if NUM_DEVICES == 0 and find_spec("triton") else {"interpret"}
     absent |= {marker for marker, devices in (("gpu", 1), ("multi_gpu", 2)) if devices > NUM_DEVICES}
+    absent |= set() if find_spec("ray") else {"ray"}
     left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in absent)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

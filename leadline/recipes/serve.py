@@ -19,6 +19,8 @@ http://127.0.0.1:8000/v1 and any API key. Ctrl-C or SIGTERM lets running answers
   grace=60          seconds for running answers at the end
   log_prompts=no    prompts are logged only if asked  allow_short_max=no   mode max with less than 384K of context
   batch_invariant=no   on the CPU: the same bits whatever else is served, slower
+  replicas=1        servers behind this address, each with a GPU to itself; needs `pip install 'leadline[ray]'`
+  cluster=ADDRESS   of a Ray cluster that they are spread over, default: this machine
 
   leadline serve runs/demo/checkpoint port=8080
 """
@@ -27,21 +29,29 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
+import secrets
 import socket
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
+import torch
 import uvicorn
 from rich.console import Console
+from starlette.types import ASGIApp
 
 from leadline.cli import UsageError, resolve, show
 from leadline.engine.engine import Engine, Settings
 from leadline.engine.pages import pages_for
+from leadline.model.config import ModelConfig
 from leadline.model.page_table import PAGE_TOKENS
 from leadline.model.transformer import Transformer
 from leadline.recipes.load_model import CacheName, DtypeName, load_model
 from leadline.serve.app import create_app
 from leadline.serve.limits import Keys, Limits
+from leadline.serve.relay import create_relay
 from leadline.serve.service import Policy, Service
 from leadline.text.chat import Mode, Release
 from leadline.text.tokenizer import Tokenizer
@@ -72,6 +82,8 @@ class Options:
     log_prompts: bool = False
     allow_short_max: bool = False
     batch_invariant: bool = False
+    replicas: int = 1
+    cluster: str = ""
     grace: int = 60
 
 
@@ -83,6 +95,8 @@ def main(arguments: list[str]) -> int:
         return 0
     if len(words) != 1:
         raise UsageError(f"expected one checkpoint folder, found {len(words)} of them: {' '.join(words)}")
+    if options.replicas < 1:
+        raise UsageError(f"replicas={options.replicas}: expected 1 or more")
     folder = Path(words[0])
     keys = Keys.from_file(options.api_key_file) if options.api_key_file else Keys([])
     console = Console(stderr=True)
@@ -90,19 +104,56 @@ def main(arguments: list[str]) -> int:
         console.print(
             f"warning: {options.host} is open to the network and there are no API keys; set api_key_file=FILE"
         )
-    service = build(folder, options, keys)
     hosts = [options.host, "localhost"] if is_loopback(options.host) else []
+    if options.replicas > 1 or options.cluster:
+        _serve_replicas(folder.resolve(), options, keys, hosts, console)
+        return 0
+    service = build(folder, options, keys)
     app = create_app(service, origins=options.origins, hosts=hosts)
+    _listen(app, options, service.policy.name, capacity(service), console)
+    return 0
+
+
+def _serve_replicas(folder: Path, options: Options, keys: Keys, hosts: list[str], console: Console) -> None:
+    # Ray reads both when it is imported: it reports nothing to anybody, and obeys nobody but this process.
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if not options.cluster:
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    try:
+        from leadline.recipes.replicas import running_replicas
+    except ModuleNotFoundError as error:
+        if (error.name or "leadline").startswith("leadline"):
+            raise
+        raise UsageError(f"replicas={options.replicas}: needs {error.name}; pip install 'leadline[ray]'") from None
+    ModelConfig.from_file(folder / "config.json")  # what is wrong with the folder is better said here than far away
+    Tokenizer.load(folder)
+    on_gpu = options.device.startswith("cuda") or (options.device == "auto" and torch.cuda.is_available())
+    with running_replicas(
+        partial(build, folder, options, keys),
+        options.replicas,
+        busy=options.slots,
+        gpus=int(on_gpu),
+        grace_s=options.grace,
+        cluster=options.cluster,
+    ) as replicas:
+        app = create_relay(replicas, keys, limits_of(options), origins=options.origins, hosts=hosts)
+        name, where = options.name or folder.name, options.cluster or "this machine"
+        _listen(app, options, name, f"{options.replicas} replicas on {where}", console, lifespan="off")
+
+
+def _listen(
+    app: ASGIApp, options: Options, name: str, note: str, console: Console, lifespan: Literal["auto", "off"] = "auto"
+) -> None:
+    """Serve until a signal comes, and let running answers finish."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     with bound(options.host, options.port) as listening:
         host, port = listening.getsockname()[:2]
-        console.print(f"serving {service.policy.name} at http://{host}:{port}/v1", highlight=False, soft_wrap=True)
-        console.print(capacity(service), highlight=False, soft_wrap=True, style="dim")
-        server = uvicorn.Server(
-            uvicorn.Config(app, timeout_graceful_shutdown=options.grace, server_header=False, log_level="info")
+        console.print(f"serving {name} at http://{host}:{port}/v1", highlight=False, soft_wrap=True)
+        console.print(note, highlight=False, soft_wrap=True, style="dim")
+        config = uvicorn.Config(
+            app, timeout_graceful_shutdown=options.grace, server_header=False, log_level="info", lifespan=lifespan
         )
-        server.run(sockets=[listening])
-    return 0
+        uvicorn.Server(config).run(sockets=[listening])
 
 
 def build(folder: Path, options: Options, keys: Keys) -> Service:
@@ -118,9 +169,13 @@ def build(folder: Path, options: Options, keys: Keys) -> Service:
         options.mode,
         options.allow_short_max,
         options.log_prompts,
-        Limits(body_bytes=options.body_mib * 2**20, queue=options.queue),
+        limits_of(options),
     )
     return Service(engine_of(model, options), tokenizer, policy, keys)
+
+
+def limits_of(options: Options) -> Limits:
+    return Limits(body_bytes=options.body_mib * 2**20, queue=options.queue)
 
 
 def engine_of(model: Transformer, options: Options) -> Engine:

@@ -48,7 +48,9 @@ def create_app(service: Service, *, origins: Sequence[str] = (), hosts: Sequence
         app.include_router(module.router(service), responses=_ERRORS)
     _speak_in_errors(app, service)
     open_paths = {*OPEN_PATHS, *web.FILES}
-    app.add_middleware(Gate, keys=service.keys, limits=service.limits, metrics=service.metrics, open_paths=open_paths)
+    app.add_middleware(
+        Gate, keys=service.keys, limits=service.limits, refused=service.metrics.refused, open_paths=open_paths
+    )
     if origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"]

@@ -17,7 +17,6 @@ from fastapi.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from leadline.serve.limits import Keys, Limits, Refused
-from leadline.serve.metrics import Metrics
 
 _Value = TypeVar("_Value")
 
@@ -66,10 +65,12 @@ def _printable(text: str) -> str:
 
 class Gate:
     """ASGI middleware: checks the key, takes in the body up to the limit, and leaves the caller's prefix-cache
-    namespace in `request.state.namespace`."""
+    namespace in `request.state.namespace`. refused: told the status of each refusal."""
 
-    def __init__(self, app: ASGIApp, *, keys: Keys, limits: Limits, metrics: Metrics, open_paths: Iterable[str]):
-        self._app, self._keys, self._limits, self._metrics = app, keys, limits, metrics
+    def __init__(
+        self, app: ASGIApp, *, keys: Keys, limits: Limits, refused: Callable[[int], None], open_paths: Iterable[str]
+    ):
+        self._app, self._keys, self._limits, self._refused = app, keys, limits, refused
         self._open_paths = frozenset(open_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,7 +83,7 @@ class Gate:
             scope.setdefault("state", {})["namespace"] = namespace
             body = await self._body(headers, receive)
         except Refused as error:
-            self._metrics.refused(error.status)
+            self._refused(error.status)
             await error_response(scope["path"], error)(scope, receive, send)
             return
         first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -153,7 +154,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writing = asyncio.ensure_future(self._write(send))
         try:
-            await _first_of(writing, _gone(receive))
+            await first_of(writing, gone(receive))
         finally:
             await self._chunks.aclose()
             self._on_end()
@@ -184,13 +185,13 @@ class EventStream(Response):
 
 async def unless_gone(request: Request, answer: Awaitable[Response]) -> Response:
     """The answer, given up as soon as the client hangs up."""
-    response = await _first_of(asyncio.ensure_future(answer), _gone(request.receive))
+    response = await first_of(asyncio.ensure_future(answer), gone(request.receive))
     return Response(status_code=_CLIENT_GONE) if response is None else response
 
 
-async def _first_of(work: asyncio.Future[_Value], gone: Awaitable[None]) -> _Value | None:
-    """The result of the work, or None if the client has gone first; the work has ended in both cases."""
-    leaving = asyncio.ensure_future(gone)
+async def first_of(work: asyncio.Future[_Value], end: Awaitable[None]) -> _Value | None:
+    """The result of the work, or None if the end comes first; the work has ended in both cases."""
+    leaving = asyncio.ensure_future(end)
     try:
         await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
@@ -202,6 +203,7 @@ async def _first_of(work: asyncio.Future[_Value], gone: Awaitable[None]) -> _Val
         await asyncio.gather(work, leaving, return_exceptions=True)
 
 
-async def _gone(receive: Callable[[], Awaitable[Message]]) -> None:
+async def gone(receive: Callable[[], Awaitable[Message]]) -> None:
+    """Returns once the client has hung up."""
     while (await receive())["type"] != "http.disconnect":
         pass

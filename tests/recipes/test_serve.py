@@ -67,6 +67,18 @@ def test_a_checkpoint_becomes_a_service(checkpoint: Path) -> None:
     assert capacity(service).startswith("context 600 tokens, 2 answers at once and 64 waiting, cache ")
 
 
+def test_replicas_need_what_not_everybody_has(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "")  # so that they are as before afterwards
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "leadline.recipes.replicas", raising=False)
+    with pytest.raises(UsageError, match=re.escape("replicas=2: needs ray; pip install 'leadline[ray]'")):
+        main([str(checkpoint), "replicas=2"])
+    assert (os.environ["RAY_AUTH_MODE"], len(os.environ["RAY_AUTH_TOKEN"])) == ("token", 64)
+    with pytest.raises(UsageError, match="replicas=0: expected 1 or more"):
+        main([str(checkpoint), "replicas=0"])
+
+
 def test_a_taken_port_is_said_in_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UsageError, match="choose another"):
         bound("127.0.0.1", taken.getsockname()[1])

@@ -41,8 +41,8 @@ def test_sixteen_clients_get_right_answers_and_leave_nothing_behind(serve_load: 
 
 def test_what_must_not_be_is_a_failure(serve_load: ModuleType) -> None:
     load = serve_load.Load(clients=4, slots=4, queue=0)
-    good = serve_load.Result(1.0, serve_load.Tally(), leaked=0, growth_bytes=0, resident_bytes=1, preemptions=0)
-    bad = replace(good, tally=serve_load.Tally(wrong=["500 for a question"]), leaked=2, growth_bytes=10**9)
+    good = serve_load.Result(1.0, serve_load.Tally(), leaked=0, resident_bytes=(10**8, 10**8), preemptions=0)
+    bad = replace(good, tally=serve_load.Tally(wrong=["500 for a question"]), leaked=2, resident_bytes=(0, 10**9))
     assert good.failures(load) == []
     assert [line.split()[0] for line in bad.failures(load)] == ["wrong:", "2", "the"]
     (line,) = good.failures(replace(load, clients=5))
