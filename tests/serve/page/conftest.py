@@ -178,8 +178,10 @@ def visited(browser: Browser, url: str, engine: Scripted | None, **options: Any)
         assert stage.complaints == []
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Chromium. Its driver keeps an event loop running in this thread, in which no other test could start its own, so
+    it ends with the module."""
     path = next((found for name in CHROMIUM if (found := shutil.which(name))), None)
     assert path, "these tests drive the page in Chromium: install it, on Debian with `apt-get install chromium`"
     with sync_playwright() as driver:
@@ -194,7 +196,7 @@ def scripted(model: Transformer, tokenizer: Tokenizer) -> Callable[[int], Script
     return lambda max_tokens: Scripted(model, tokenizer, max_tokens)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def visit(browser: Browser) -> Visit:
     """visit(url, engine, **options of the browser's context): a fresh page, for as long as the context lasts."""
     return lambda url, engine=None, **options: visited(browser, url, engine, **options)
