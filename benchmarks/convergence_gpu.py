@@ -20,7 +20,6 @@ import argparse
 import importlib.metadata
 import json
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import commit as this_commit
 from torch import Tensor, nn
 
 from leadline.model.config import NANO, ModelConfig
@@ -187,14 +187,6 @@ def records(results: Sequence[Result], commit: str, device: torch.device) -> lis
     ]
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def _slug(card: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", card.lower().removeprefix("nvidia ")).strip("-")
 
@@ -211,7 +203,7 @@ def main(arguments: list[str]) -> int:
         return 1
     device = torch.device("cuda", torch.cuda.current_device())
     results = compare(options.steps, device)
-    lines = records(results, options.commit or _commit(), device)
+    lines = records(results, options.commit or this_commit(), device)
     for line in lines:
         print("  ".join(f"{column} {value}" for column, value in line["row"].items()))
     folder = ROOT / "benchmarks" / "results" / _slug(torch.cuda.get_device_name(device))

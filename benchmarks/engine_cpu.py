@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers_cpu import LeadlineSide, Run, TransformersSide, machine_slug, random_tokens, this_run
+from machine import machine_slug
+from peers_cpu import LeadlineSide, Run, TransformersSide, random_tokens, this_run
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor

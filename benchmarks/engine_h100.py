@@ -23,7 +23,6 @@ import importlib.metadata
 import json
 import os
 import random
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import commit as this_commit
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -341,14 +341,13 @@ def main() -> None:
 
 
 def _append(path: Path, row: dict[str, Any], ceilings: Ceilings, commit: str) -> None:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     line = {
         "benchmark": "engine",
         "title": "The engine with V4-Flash's widths, 43 layers, 64 experts a layer, FP4 and FP8 weights, packed cache",
         "command": "python benchmarks/engine_h100.py",
         "machine": torch.cuda.get_device_name(DEVICE),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit or found,
+        "commit": commit or this_commit(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "triton")},
         "copy_bytes_per_second": ceilings.copy,
         "matmul_flops_per_second": ceilings.matmul,

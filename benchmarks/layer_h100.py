@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from machine import commit as this_commit
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -311,17 +311,9 @@ def this_run(commit: str | None, device: torch.device) -> dict[str, Any]:
     return {
         "machine": torch.cuda.get_device_name(device),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit or _commit(),
+        "commit": commit or this_commit(short=True),
         "versions": versions,
     }
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def benchmark(quick: bool, out: Path | None, commit: str | None, console: Console) -> None:

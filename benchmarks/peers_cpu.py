@@ -30,7 +30,6 @@ import gc
 import importlib.metadata
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -42,6 +41,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import torch
+from machine import commit, machine_slug, processor
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -385,33 +385,12 @@ def this_run(threads: int) -> Run:
     """The run that starts now on this machine."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     return Run(
-        machine=f"{_processor()}, {threads} core{'s' if threads > 1 else ''}",
+        machine=f"{processor()}, {threads} core{'s' if threads > 1 else ''}",
         threads=threads,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
-        commit=_commit(),
+        commit=commit(short=True),
         versions=versions,
     )
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def machine_slug() -> str:
-    """The default name of the result folder: cores and architecture, and nothing that names this machine."""
-    architecture = {"x86_64": "x86", "AMD64": "x86", "aarch64": "arm"}.get(platform.machine(), platform.machine())
-    return f"cpu-{len(os.sched_getaffinity(0))}core-{architecture}"
 
 
 def record(measurement: Measurement, results: dict[str, Result], run: Run) -> dict[str, Any]:

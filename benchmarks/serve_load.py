@@ -27,7 +27,6 @@ import asyncio
 import importlib.metadata
 import json
 import os
-import platform
 import random
 import re
 import signal
@@ -45,6 +44,7 @@ from typing import Any
 
 import h11
 import torch
+from machine import commit, machine_slug, processor
 from prometheus_client.parser import text_string_to_metric_families
 
 from leadline.engine.engine import Engine, Settings
@@ -658,9 +658,9 @@ def record(result: Result, load: Load) -> dict[str, Any]:
         "benchmark": "serve_load",
         "title": f"{load.clients} clients on a server with {load.slots} slots, tiny random model, batch-invariant",
         "command": "python benchmarks/serve_load.py",
-        "machine": f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
+        "machine": f"{processor()}, {len(os.sched_getaffinity(0))} cores",
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(short=True),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "fastapi", "uvicorn")},
         "load": asdict(load),
         "first_token_ms": {"p50": _quantile(first_ms, 0.5), "p99": _quantile(first_ms, 0.99)},
@@ -686,27 +686,6 @@ def record(result: Result, load: Load) -> dict[str, Any]:
 
 def _quantile(values: Sequence[float], part: float) -> float:
     return values[min(len(values) - 1, int(part * len(values)))] if values else float("nan")
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def machine_slug() -> str:
-    """The default name of the result folder: cores and architecture, and nothing that names this machine."""
-    architecture = {"x86_64": "x86", "AMD64": "x86", "aarch64": "arm"}.get(platform.machine(), platform.machine())
-    return f"cpu-{len(os.sched_getaffinity(0))}core-{architecture}"
 
 
 def main(arguments: list[str]) -> int:

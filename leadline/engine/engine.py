@@ -202,11 +202,10 @@ class Engine:
         output, logits_NV = self.runner.run(pieces, step)
         sampling = [(s, share) for (s, share), piece in zip(shares, pieces, strict=True) if piece.wanted]
         drawn = self._draw(sampling, logits_NV)
-        fed = {sequence.number: _fed(sequence, share) for sequence, share in shares}
         for sequence, share in shares:
             self._commit(sequence, share, drawn.get(sequence.number, []))
         if self.settings.speculate:
-            self._draft(output, shares, fed, drawn)
+            self._draft(output, shares, pieces, drawn)
         for sequence, _ in shares:
             if sequence.slot is not None:
                 self.memory.settle(sequence)
@@ -260,16 +259,16 @@ class Engine:
         self,
         output: Output,
         shares: list[tuple[Sequence, Share]],
-        fed: dict[int, list[int]],
+        pieces: list[Piece],
         drawn: dict[int, list[Token]],
     ) -> None:
         """Guess the token after the next of each sequence that is decoding now."""
         next_tokens: list[int] = []
         guessing: list[tuple[Sequence, int]] = []
-        for sequence, share in shares:
+        for (sequence, share), piece in zip(shares, pieces, strict=True):
             start = len(next_tokens)
             tokens = drawn.get(sequence.number, [])
-            next_tokens += _next_tokens(sequence, share, fed[sequence.number], tokens)
+            next_tokens += _next_tokens(sequence, share, piece.tokens, tokens)
             if tokens and sequence.slot is not None:
                 guessing.append((sequence, start + share.tokens - 1 + len(tokens) - 1))
         logits_NV = self.runner.draft(output, next_tokens, [row for _, row in guessing])
@@ -320,18 +319,14 @@ class Engine:
                 self._preempt(sequence)
 
 
-def _fed(sequence: Sequence, share: Share) -> list[int]:
+def _piece(sequence: Sequence, share: Share) -> Piece:
+    assert sequence.slot is not None
     tokens = sequence.tokens[sequence.seen : sequence.seen + share.tokens]
     if share.drafts:
         assert sequence.draft is not None
-        tokens = [*tokens, sequence.draft]
-    return tokens
-
-
-def _piece(sequence: Sequence, share: Share) -> Piece:
-    assert sequence.slot is not None
+        tokens.append(sequence.draft)
     due = share.tokens == sequence.pending
-    return Piece(tuple(_fed(sequence, share)), sequence.seen, sequence.slot, 1 + share.drafts if due else 0)
+    return Piece(tuple(tokens), sequence.seen, sequence.slot, 1 + share.drafts if due else 0)
 
 
 def _draw_of(sequence: Sequence, place: int) -> Draw:
@@ -351,11 +346,11 @@ def _draw_of(sequence: Sequence, place: int) -> Draw:
     )
 
 
-def _next_tokens(sequence: Sequence, share: Share, fed: list[int], drawn: list[Token]) -> list[int]:
+def _next_tokens(sequence: Sequence, share: Share, fed: tuple[int, ...], drawn: list[Token]) -> list[int]:
     """For each row that was fed, the token that follows it: fed behind it, known from the prompt, or drawn."""
-    follows = fed[1:]
-    if share.drafts:
-        follows = [*follows[:-1], drawn[0].id] if drawn else follows
+    follows = list(fed[1:])
+    if share.drafts and drawn:
+        follows[-1] = drawn[0].id
     if len(drawn) == 2:
         last = drawn[1].id
     elif drawn:
