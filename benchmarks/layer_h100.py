@@ -12,8 +12,9 @@ which is what bfloat16 leaves of two ways to round; when they do not, nothing is
 - *forward + backward* at 32,768 and 65,536 tokens: leadline alone, the other side does not fit;
 - *training step*: the same with the indexer's KL loss, which transformers has not (CSA, leadline alone).
 
-Time is the median of several runs on the device. Memory is the peak of what was allocated above what was allocated
-before: activations, gradients and workspaces, not the weights. What does not fit is recorded as such.
+Time is the median of several runs of a few calls each, so that the host prepares one call while the device does
+another. Memory is the peak of what was allocated above what was allocated before: activations, gradients and
+workspaces, not the weights. What does not fit is recorded as such.
 
 The result is one JSON object per measurement, as `tools/readme.py` wants it, appended to FILE, by default
 `benchmarks/results/<card>/layer_h100.jsonl`. With `--quick` only 1,024 tokens are measured, into `runs/`.
@@ -49,6 +50,7 @@ from leadline.weights.names import file_tensors, keeps_float32
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 SEED, GATE_TOKENS, GATE_TOLERANCE = 0, 700, 3e-2
+CALLS = 4  # of a run that is timed
 FORWARD, BOTH, TRAINING = "forward", "forward + backward", "training step"
 
 # One layer of each kind with entries.
@@ -234,10 +236,11 @@ def run(side: Side, measurement: Measurement, config: ModelConfig, device: torch
         for _ in range(repeat):
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            work()
+            for _ in range(CALLS):
+                work()
             stop.record()
             torch.cuda.synchronize(device)
-            times.append(start.elapsed_time(stop))
+            times.append(start.elapsed_time(stop) / CALLS)
         peak = torch.cuda.max_memory_allocated(device)
     except torch.OutOfMemoryError:
         return Result()

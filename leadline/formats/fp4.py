@@ -12,6 +12,8 @@ differ by more is refused.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -50,8 +52,13 @@ def encode(values: Tensor) -> Tensor:
 
 def decode(codes: Tensor) -> Tensor:
     """Float32 values of codes 0..15."""
-    table = torch.tensor([*MAGNITUDES, *(-magnitude for magnitude in MAGNITUDES)], device=codes.device)
-    return table[codes.int()]
+    return _table(codes.device)[codes.int()]
+
+
+@cache
+def _table(device: torch.device) -> Tensor:
+    # Made once a device: a copy from the host would make it wait.
+    return torch.tensor([*MAGNITUDES, *(-magnitude for magnitude in MAGNITUDES)], device=device)
 
 
 def pack(codes: Tensor) -> Tensor:

@@ -13,8 +13,11 @@ rounded to what the cache can hold. The indexer owns a second, narrower compress
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from leadline.model.cache_format import Rounding
 from leadline.model.config import CSA_RATIO, ModelConfig
@@ -25,6 +28,24 @@ from leadline.ops.cache_rows import Source
 from leadline.ops.gated_pool import gated_pool
 from leadline.ops.rms_norm import rms_norm
 from leadline.ops.rope import rope
+
+
+class PlaceRows(torch.autograd.Function):
+    """Rows of a small table [R, E] for places 0 .. R - 1 [T]. The gradient is a product with R columns of ones and
+    zeros: so many tokens share a row that adding them one by one would take longer than the attention."""
+
+    @staticmethod
+    def forward(ctx: Any, table_RE: Tensor, place_T: Tensor) -> Tensor:
+        ctx.save_for_backward(place_T)
+        ctx.rows = len(table_RE)
+        return table_RE[place_T]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TE: Tensor) -> tuple[Tensor, None]:
+        (place_T,) = ctx.saved_tensors
+        is_at_RT = torch.arange(ctx.rows, device=place_T.device)[:, None] == place_T
+        return is_at_RT.to(dy_TE.dtype) @ dy_TE, None
 
 
 class Compressor(nn.Module):
@@ -44,7 +65,7 @@ class Compressor(nn.Module):
         the state's own store, of which `index.lookup` names rows."""
         rows = index.pool[self.ratio]
         values_TE = linear_fp32(x_TD, self.wkv.weight)
-        scores_TE = linear_fp32(x_TD, self.wgate.weight) + self.ape[index.positions_T % self.ratio]
+        scores_TE = linear_fp32(x_TD, self.wgate.weight) + PlaceRows.apply(self.ape, index.positions_T % self.ratio)
         if state is None:
             return rounding(self._entries(values_TE, scores_TE, index, x_TD.dtype))
         past_and_new = state.with_past(values_TE, scores_TE, rows)

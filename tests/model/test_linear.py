@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from leadline.model.config import TINY
-from leadline.model.linear import GroupedOutput, Linear
+from leadline.model.linear import GroupedOutput, GroupedProduct, Linear, grouped_output
 from leadline.model.moe import Experts
 from leadline.model.router import Route
 from leadline.ops.quantized_linear import FORMATS, Format, quantize, quantized_linear
@@ -71,6 +71,13 @@ def test_grouped_output(groups: int) -> None:
     assert y.shape == (7, groups, 5)
     for o in range(groups):
         torch.testing.assert_close(y[:, o], x[:, o] @ output.weight[5 * o : 5 * o + 5].T, rtol=1e-5, atol=1e-5)
+
+
+def test_the_grouped_product_of_the_card_and_its_gradients() -> None:
+    x = torch.randn(5, 3, 7, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 4, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(GroupedProduct.apply, (x, weight))
+    torch.testing.assert_close(GroupedProduct.apply(x, weight), grouped_output(x, weight.flatten(0, 1)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,4 +1,5 @@
-"""The grouped product of the library against the reference: in float32 on CPU, in bfloat16 on the card."""
+"""Grouped products against the reference: the library's in float32 on CPU and in bfloat16 on the card, the tiles for
+all that it does not take."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leadline.ops.dispatch import implementation
-from leadline.ops.grouped_linear import grouped_linear
+from leadline.ops.grouped_linear import grouped_linear, kernel
 
 
 def inputs(counts: list[int], width: int, hidden: int, device: str = "cpu") -> list[Tensor]:
@@ -50,10 +51,27 @@ def test_the_host_does_not_wait() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 256), (torch.bfloat16, 12)], ids=str)
-def test_what_the_library_cannot_take_runs_as_the_reference(
-    dtype: torch.dtype, width: int, against_reference: Callable[..., None]
+@pytest.mark.interpret
+@pytest.mark.parametrize("counts", [[1], [0, 3, 0, 4, 0], [17, 0, 33], [0, 0, 0, 1]], ids=str)
+@pytest.mark.parametrize(("width", "hidden"), [(5, 7), (40, 70)])
+def test_tiles_interpreted(
+    counts: list[int], width: int, hidden: int, monkeypatch: pytest.MonkeyPatch, against_reference: Callable[..., None]
 ) -> None:
-    x, weight, counts_E = inputs([3, 0, 9], width, 512, "cuda")
+    monkeypatch.setattr(kernel, "takes", lambda *_: False)
+    against_reference(grouped_linear, inputs(counts, width, hidden), 2e-6)
+
+
+@pytest.mark.interpret
+def test_tiles_of_no_rows(monkeypatch: pytest.MonkeyPatch, against_reference: Callable[..., None]) -> None:
+    monkeypatch.setattr(kernel, "takes", lambda *_: False)
+    against_reference(grouped_linear, inputs([0, 0], 8, 8), 0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("counts", [[3, 0, 9], [127, 1, 4001]], ids=["few", "many"])
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 256), (torch.bfloat16, 12)], ids=str)
+def test_what_the_library_cannot_take(
+    dtype: torch.dtype, width: int, counts: list[int], against_reference: Callable[..., None]
+) -> None:
+    x, weight, counts_E = inputs(counts, width, 512, "cuda")
     against_reference(grouped_linear, [x.to(dtype), weight.to(dtype), counts_E], 4e-3)

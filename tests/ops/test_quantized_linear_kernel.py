@@ -195,7 +195,7 @@ def engine() -> Any:
 @pytest.fixture
 def hopper(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[int, ...]]]:
     """The kernel for Hopper runs instead of the other, interpreted, on a GPU of three processors. The set gets tokens,
-    warp groups and whether it is grouped of each launch."""
+    warp groups and matrices of each launch."""
     from leadline.ops.quantized_linear import hopper, kernel
 
     kernels = engine.with_copy_engine(_beside("gluon_interpreter"), Path(hopper.__file__))
@@ -204,10 +204,10 @@ def hopper(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[i
     class Launcher:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             def launch(*arguments: Any, num_warps: int, maxnreg: int | None) -> None:
-                tokens, groups, _stages = arguments[-3:]
-                launched.add((tokens, groups, arguments[6] is not None))
-                copied = [engine.Descriptor(x.base, x.block_shape) for x in arguments[:3]]
-                kernels.run("quantized_linear_fwd_hopper_kernel", grid, *copied, *arguments[3:])
+                tokens, groups, _stages, matrices = arguments[-4:]
+                launched.add((tokens, groups, matrices))
+                copied = [engine.Descriptor(x.base, x.block_shape) for x in arguments[:4]]
+                kernels.run("quantized_linear_fwd_hopper_kernel", grid, *copied, *arguments[4:])
 
             return launch
 
@@ -226,26 +226,30 @@ def hopper(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[i
 )
 def test_hopper_interpreted(hopper: set[tuple[int, ...]], format: Format, tokens: int, rows: int, columns: int) -> None:
     check_dense(format, tokens, rows, columns)
-    assert not any(grouped for _, _, grouped in hopper)
+    assert {matrices for _, _, matrices in hopper} == {1}
 
 
 @pytest.mark.interpret
 @pytest.mark.usefixtures("loops_to_scalars", "hopper")
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
-def test_hopper_grouped_interpreted(format: Format, counts: list[int]) -> None:
-    check_grouped(format, counts, (128, 256), 256)
+@pytest.mark.parametrize("rows", [(128, 256), (128, 128)], ids=["one by one", "two at once"])
+def test_hopper_grouped_interpreted(format: Format, counts: list[int], rows: tuple[int, int]) -> None:
+    check_grouped(format, counts, rows, 256)
 
 
 @pytest.mark.interpret
 @pytest.mark.usefixtures("loops_to_scalars")
 def test_hopper_uses_its_tiles(hopper: set[tuple[int, ...]]) -> None:
-    """Small and large tiles, one warp group and two."""
+    """Small and large tiles, one warp group and two; two matrices at once for few tokens alone."""
     for tokens in (3, 40, 100, 500):
         check_dense("fp8", tokens, 128, 128)
-    check_grouped("fp4", [150, 0, 170], (128,), 128)
+    check_grouped("fp4", [150, 0, 170], (128, 128), 128)
+    assert {matrices for _, _, matrices in hopper} == {1}
+    check_grouped("fp4", [3, 0, 5], (128, 128), 128)
     assert {tokens for tokens, _, _ in hopper} >= {16, 64, 128}
     assert {groups for _, groups, _ in hopper} == {1, 2}
+    assert {matrices for _, _, matrices in hopper} == {1, 2}
 
 
 @pytest.mark.interpret

@@ -23,7 +23,7 @@ ALIGNMENT = 8  # values: rows begin at multiples of 16 bytes
 
 def takes(x_XD: Tensor, weight_EFD: Tensor) -> bool:
     """Whether the library has a product for these: bfloat16 with aligned rows on CUDA, anything on CPU, but not for no
-    rows at all."""
+    rows at all; the rest is for `tiled_kernel.py`."""
     aligned = x_XD.shape[1] % ALIGNMENT == 0 and weight_EFD.shape[1] % ALIGNMENT == 0
     fits = not x_XD.is_cuda or (aligned and x_XD.dtype == weight_EFD.dtype == torch.bfloat16)
     return fits and len(x_XD) > 0

@@ -25,6 +25,7 @@ the index, and its sign bit drives the sign replication of a second permutation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -79,28 +80,31 @@ LOOK_UP = gl.constexpr("""{
 
 
 @gluon.jit
-def _entry(tiles, number, max_tiles, O, HEIGHT: gl.constexpr):  # noqa: E741
+def _entry(tiles, number, max_tiles, O, HEIGHT: gl.constexpr, MATRICES: gl.constexpr):  # noqa: E741
     """Fields of the list of tiles for tile `number` of the product; of a grouped product alone."""
     if tiles is None:
         return 0, 0, 0, 0
     else:
-        entry = tiles + 4 + gl.minimum(number // (O // HEIGHT), max_tiles - 1) * 4
+        entry = tiles + 4 + gl.minimum(number // MATRICES // (O // HEIGHT), max_tiles - 1) * 4
         return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), gl.load(entry + 3)
 
 
 @gluon.jit
-def _number_of_tiles(tiles, max_tiles, O, HEIGHT: gl.constexpr):  # noqa: E741
+def _number_of_tiles(tiles, max_tiles, O, HEIGHT: gl.constexpr, MATRICES: gl.constexpr):  # noqa: E741
     if tiles is None:
-        return max_tiles * (O // HEIGHT)
+        return max_tiles * (O // HEIGHT) * MATRICES
     else:
-        return gl.load(tiles) * (O // HEIGHT)
+        return gl.load(tiles) * (O // HEIGHT) * MATRICES
 
 
 @gluon.jit
-def _tile(entry, tiles, number, max_tiles, T, O, TOKENS: gl.constexpr, HEIGHT: gl.constexpr):  # noqa: E741
+def _tile(
+    entry, tiles, number, max_tiles, T, O, TOKENS: gl.constexpr, HEIGHT: gl.constexpr, MATRICES: gl.constexpr  # noqa: E741
+):  # fmt: skip
     """Where a tile is: first row of the weight in its stack, first row of the tile in its matrix, first token, and the
     tokens begin .. end - 1 that are stored."""
     rows = O // HEIGHT
+    number = number // MATRICES
     if tiles is None:
         # Eight tiles of tokens walk down the weight together, so that both stay in the cache.
         group = number // (8 * rows)
@@ -117,23 +121,27 @@ def _tile(entry, tiles, number, max_tiles, T, O, TOKENS: gl.constexpr, HEIGHT: g
 
 @gluon.jit
 def _copy(
-    weight, x, x_scale, w_tiles, x_tiles, scale_tiles, full, empty, tiles, max_tiles, T, stride, O, N,  # noqa: E741
-    TOKENS: gl.constexpr, HEIGHT: gl.constexpr, STAGES: gl.constexpr,
+    weight, other_weight, x, x_scale, w_tiles, x_tiles, scale_tiles, full, empty, tiles, max_tiles, T, stride, O, N,  # noqa: E741
+    TOKENS: gl.constexpr, HEIGHT: gl.constexpr, STAGES: gl.constexpr, MATRICES: gl.constexpr,
 ):  # fmt: skip
     """Fill the buffers, slab after slab and tile after tile, as they become free."""
     WIDTH: gl.constexpr = w_tiles.shape[2]
     SIZE: gl.constexpr = HEIGHT * WIDTH + TOKENS * SLAB + 4 * scale_tiles.shape[1]
     count = 0
-    entry = _entry(tiles, gl.program_id(0), max_tiles, O, HEIGHT)
-    for number in range(gl.program_id(0), _number_of_tiles(tiles, max_tiles, O, HEIGHT), gl.num_programs(0)):
-        row, _, token, _, _ = _tile(entry, tiles, number, max_tiles, T, O, TOKENS, HEIGHT)
-        entry = _entry(tiles, number + gl.num_programs(0), max_tiles, O, HEIGHT)
+    first, step = gl.program_id(0), gl.num_programs(0)
+    entry = _entry(tiles, first, max_tiles, O, HEIGHT, MATRICES)
+    for number in range(first, _number_of_tiles(tiles, max_tiles, O, HEIGHT, MATRICES), step):
+        row, _, token, _, _ = _tile(entry, tiles, number, max_tiles, T, O, TOKENS, HEIGHT, MATRICES)
+        entry = _entry(tiles, number + step, max_tiles, O, HEIGHT, MATRICES)
         for slab in range(N // SLAB):
             stage = count % STAGES
             mbarrier.wait(empty.index(stage), (count // STAGES + 1) & 1)
             ready = full.index(stage)
             mbarrier.expect(ready, SIZE)
-            tma.async_copy_global_to_shared(weight, [row, slab * WIDTH], ready, w_tiles.index(stage))
+            if number % MATRICES == 0:
+                tma.async_copy_global_to_shared(weight, [row, slab * WIDTH], ready, w_tiles.index(stage))
+            else:
+                tma.async_copy_global_to_shared(other_weight, [row, slab * WIDTH], ready, w_tiles.index(stage))
             tma.async_copy_global_to_shared(x, [token, slab * SLAB], ready, x_tiles.index(stage))
             tma.async_copy_global_to_shared(x_scale, [slab * stride + token], ready, scale_tiles.index(stage))
             count += 1
@@ -170,8 +178,9 @@ def _codes(pairs, sub_scale, block_scale, OPERAND: gl.constexpr):
 
 @gluon.jit
 def _multiply(
-    y, w_scale, sub_scale, w_tiles, x_tiles, scale_tiles, full, empty, tiles, max_tiles, T, O, N,  # noqa: E741
-    GROUP: gl.constexpr, TOKENS: gl.constexpr, HEIGHT: gl.constexpr, STAGES: gl.constexpr,
+    y, other_y, w_scale, other_w_scale, sub_scale, other_sub_scale,
+    w_tiles, x_tiles, scale_tiles, full, empty, tiles, max_tiles, T, O, N,  # noqa: E741
+    GROUP: gl.constexpr, TOKENS: gl.constexpr, HEIGHT: gl.constexpr, STAGES: gl.constexpr, MATRICES: gl.constexpr,
 ):  # fmt: skip
     """Rows 64 GROUP .. 64 GROUP + 63 of every tile."""
     CHUNK: gl.constexpr = min(TOKENS, 128)  # tokens of one matrix instruction
@@ -185,19 +194,21 @@ def _multiply(
         sub = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, SUB)))
     slabs = N // SLAB
     count = 0
-    entry = _entry(tiles, gl.program_id(0), max_tiles, O, HEIGHT)
-    for number in range(gl.program_id(0), _number_of_tiles(tiles, max_tiles, O, HEIGHT), gl.num_programs(0)):
-        row, out_row, token, begin, end = _tile(entry, tiles, number, max_tiles, T, O, TOKENS, HEIGHT)
-        entry = _entry(tiles, number + gl.num_programs(0), max_tiles, O, HEIGHT)
+    start, step = gl.program_id(0), gl.num_programs(0)
+    entry = _entry(tiles, start, max_tiles, O, HEIGHT, MATRICES)
+    for number in range(start, _number_of_tiles(tiles, max_tiles, O, HEIGHT, MATRICES), step):
+        row, out_row, token, begin, end = _tile(entry, tiles, number, max_tiles, T, O, TOKENS, HEIGHT, MATRICES)
+        entry = _entry(tiles, number + step, max_tiles, O, HEIGHT, MATRICES)
         row = row + ROWS * GROUP
         out_row = out_row + ROWS * GROUP
         first = gl.zeros([ROWS, CHUNK], gl.float32, SUMS)
         second = first
         # Scales that no copy brings are loaded two slabs ahead.
-        scales = w_scale + (row // 128).to(gl.int64) * slabs
+        scales = gl.where(number % MATRICES == 0, w_scale, other_w_scale) + (row // 128).to(gl.int64) * slabs
         scale, next_scale = _scale(scales, 0), _scale(scales, gl.minimum(1, slabs - 1))
         if FP4:
-            subs = sub_scale + ((row + sub_row).to(gl.int64) * slabs * 4)[:, None] + sub[None, :]
+            subs = gl.where(number % MATRICES == 0, sub_scale, other_sub_scale)
+            subs = subs + ((row + sub_row).to(gl.int64) * slabs * 4)[:, None] + sub[None, :]
             this_sub, next_sub = gl.load(subs), gl.load(subs + gl.minimum(1, slabs - 1) * 4)
         for slab in range(slabs):
             after = gl.minimum(slab + 2, slabs - 1)
@@ -222,9 +233,10 @@ def _multiply(
 
         o = out_row + gl.arange(0, ROWS, gl.SliceLayout(1, OUT))
         t = token + gl.arange(0, CHUNK, gl.SliceLayout(0, OUT))
-        _store(y, first, o, t, begin, end, O, OUT)
+        target = gl.where(number % MATRICES == 0, y, other_y)
+        _store(target, first, o, t, begin, end, O, OUT)
         if TOKENS > CHUNK:
-            _store(y, second, o, t + CHUNK, begin, end, O, OUT)
+            _store(target, second, o, t + CHUNK, begin, end, O, OUT)
 
 
 @gluon.jit
@@ -248,13 +260,17 @@ def _store(y, sums, o, t, begin, end, O, OUT: gl.constexpr):  # noqa: E741
 
 @gluon.jit(do_not_specialize=["max_tiles", "T", "stride"])
 def quantized_linear_fwd_hopper_kernel(
-    weight, x, x_scale, y, w_scale, sub_scale, tiles, max_tiles, T, stride, O, N,  # noqa: E741
-    TOKENS: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    weight, other_weight, x, x_scale, y, other_y, w_scale, other_w_scale, sub_scale, other_sub_scale,
+    tiles, max_tiles, T, stride, O, N,  # noqa: E741
+    TOKENS: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, MATRICES: gl.constexpr,
 ):  # fmt: skip
-    """y [T, O] = x W^T. weight, x, x_scale: descriptors of the codes of the weight [E O, N] or their pairs
-    [E O, N / 2], of the activations [T, N] and of their scales, one row of `stride` for each slab. w_scale: of the
-    blocks, float32 or E8M0. sub_scale: E8M0 bytes [E O, N / 32] of an FP4 weight, or None. tiles: the list of a grouped
-    product (`round_kernel.py`), or None; at most, or exactly, `max_tiles` of TOKENS tokens. GROUPS: warp groups."""
+    """y [T, O] = x W^T for one or two MATRICES of the same shape; the second is given as `other`, or the first again.
+
+    weight, x, x_scale: descriptors of the codes of the weight [E O, N] or their pairs [E O, N / 2], of the activations
+    [T, N] and of their scales, one row of `stride` for each slab. w_scale: of the blocks, float32 or E8M0. sub_scale:
+    E8M0 bytes [E O, N / 32] of an FP4 weight, or None. tiles: the list of a grouped product (`round_kernel.py`), or
+    None; at most, or exactly, `max_tiles` of TOKENS tokens. GROUPS: warp groups of 64 rows.
+    """
     HEIGHT: gl.constexpr = ROWS * GROUPS
     w_tiles = gl.allocate_shared_memory(weight.dtype, [STAGES, HEIGHT, weight.block_shape[1]], weight.layout)
     x_tiles = gl.allocate_shared_memory(x.dtype, [STAGES, TOKENS, SLAB], x.layout)
@@ -271,16 +287,18 @@ def quantized_linear_fwd_hopper_kernel(
         gl.warp_specialize(
             [
                 (_multiply, (
-                    y, w_scale, sub_scale, w_tiles, x_tiles, scale_tiles, full, empty, tiles, max_tiles, T, O, N,
-                    0, TOKENS, HEIGHT, STAGES,
+                    y, other_y, w_scale, other_w_scale, sub_scale, other_sub_scale,
+                    w_tiles, x_tiles, scale_tiles, full, empty, tiles, max_tiles, T, O, N,
+                    0, TOKENS, HEIGHT, STAGES, MATRICES,
                 )),
                 (_multiply, (
-                    y, w_scale, sub_scale, w_tiles, x_tiles, scale_tiles, full, empty, tiles, max_tiles, T, O, N,
-                    1, TOKENS, HEIGHT, STAGES,
+                    y, other_y, w_scale, other_w_scale, sub_scale, other_sub_scale,
+                    w_tiles, x_tiles, scale_tiles, full, empty, tiles, max_tiles, T, O, N,
+                    1, TOKENS, HEIGHT, STAGES, MATRICES,
                 )),
                 (_copy, (
-                    weight, x, x_scale, w_tiles, x_tiles, scale_tiles, full, empty, tiles, max_tiles, T, stride, O, N,
-                    TOKENS, HEIGHT, STAGES,
+                    weight, other_weight, x, x_scale, w_tiles, x_tiles, scale_tiles, full, empty,
+                    tiles, max_tiles, T, stride, O, N, TOKENS, HEIGHT, STAGES, MATRICES,
                 )),
             ],
             [4, 1],
@@ -290,12 +308,13 @@ def quantized_linear_fwd_hopper_kernel(
         gl.warp_specialize(
             [
                 (_multiply, (
-                    y, w_scale, sub_scale, w_tiles, x_tiles, scale_tiles, full, empty, tiles, max_tiles, T, O, N,
-                    0, TOKENS, HEIGHT, STAGES,
+                    y, other_y, w_scale, other_w_scale, sub_scale, other_sub_scale,
+                    w_tiles, x_tiles, scale_tiles, full, empty, tiles, max_tiles, T, O, N,
+                    0, TOKENS, HEIGHT, STAGES, MATRICES,
                 )),
                 (_copy, (
-                    weight, x, x_scale, w_tiles, x_tiles, scale_tiles, full, empty, tiles, max_tiles, T, stride, O, N,
-                    TOKENS, HEIGHT, STAGES,
+                    weight, other_weight, x, x_scale, w_tiles, x_tiles, scale_tiles, full, empty,
+                    tiles, max_tiles, T, stride, O, N, TOKENS, HEIGHT, STAGES, MATRICES,
                 )),
             ],
             [1],
@@ -304,8 +323,9 @@ def quantized_linear_fwd_hopper_kernel(
 
 
 MOST_STAGES = 8
-PROGRAMS = {1: 2, 2: 1}  # side by side on a processor, by their warp groups
+FEW_TOKENS = 32  # of a tile: the weight's bytes are all that counts
 SHARED_BYTES = 220 * 1024  # of a processor, for buffers
+REGISTERS = {1: None, 2: 128, 4: 64}  # of a thread, by the programs side by side on a processor
 
 
 def takes(rows: int, width: int) -> bool:
@@ -320,33 +340,48 @@ def tokens_of_a_tile(num_rows: int, experts: int) -> int:
     return min(max(triton.next_power_of_2(average), 16), 256)
 
 
-def multiply(rounded: Activations, weight: Weight, y_TO: Tensor) -> None:
-    """y = x W^T, with activations that are permuted when the weight is FP4."""
-    (num_rows, rows), width = y_TO.shape, rounded.codes.shape[1]
-    processors = _processors(y_TO.device)
+def multiply(rounded: Activations, weights: Sequence[Weight], results_TO: Sequence[Tensor]) -> None:
+    """y = x W^T for each weight, with activations that are permuted when the weights are FP4."""
+    few = rounded.tokens <= FEW_TOKENS and rounded.tiles is not None
+    if few and len(weights) == 2 and results_TO[0].shape == results_TO[1].shape:
+        # w1 and w3 of experts: twice as many tiles fill the processors better, and begin and end once. With many
+        # tokens the two matrices would only push each other out of the cache.
+        _launch(rounded, weights, results_TO)
+    else:
+        for weight, y_TO in zip(weights, results_TO, strict=True):
+            _launch(rounded, [weight], [y_TO])
+
+
+def _launch(rounded: Activations, weights: Sequence[Weight], results_TO: Sequence[Tensor]) -> None:
+    (num_rows, rows), width = results_TO[0].shape, rounded.codes.shape[1]
+    fp4, matrices, processors = weights[0].sub_scale is not None, len(weights), _processors(results_TO[0].device)
     tokens, tiles = rounded.tokens, rounded.max_tiles
     if rounded.tiles is None:
         # Fewer tokens a tile, rather than processors without one.
-        while tokens > 128 and rows // 128 * triton.cdiv(num_rows, tokens) < processors:
+        while tokens > 128 and matrices * rows // 128 * triton.cdiv(num_rows, tokens) < processors:
             tokens //= 2
         tiles = triton.cdiv(num_rows, tokens)
-    groups = 2 if tokens >= 64 and rows // 128 * tiles >= processors else 1
+    groups = 2 if tokens >= 64 and matrices * rows // 128 * tiles >= processors else 1
     height = ROWS.value * groups
-    stage_bytes = height * weight.codes.shape[-1] * SLAB.value // width + tokens * SLAB.value + 4 * max(tokens, 32)
-    stages = min(MOST_STAGES, SHARED_BYTES // PROGRAMS[groups] // stage_bytes)
-    codes, layout = weight.codes.flatten(0, -2), PAIRS.value
-    if weight.sub_scale is None:
-        codes, layout = codes.view(torch.float8_e4m3fn), CODES.value
-    x = rounded.codes.view(torch.float8_e4m3fn)
-    grid = (min(rows // height * tiles, PROGRAMS[groups] * processors),)
-    quantized_linear_fwd_hopper_kernel[grid](
-        TensorDescriptor.from_tensor(codes, [height, codes.shape[1] * SLAB.value // width], layout),
-        TensorDescriptor.from_tensor(x, [tokens, SLAB.value], CODES.value),
+    number = matrices * rows // height * tiles
+    programs = 1 if groups == 2 else 4 if tokens <= FEW_TOKENS and number > 2 * processors else 2
+    columns = SLAB.value // 2 if fp4 else SLAB.value  # bytes of a slab of the weight
+    stage_bytes = height * columns + tokens * SLAB.value + 4 * max(tokens, 32)
+    stages = min(MOST_STAGES, SHARED_BYTES // programs // stage_bytes)
+    codes = [weight.codes.flatten(0, -2) for weight in weights]
+    if not fp4:
+        codes = [one.view(torch.float8_e4m3fn) for one in codes]
+    layout = PAIRS.value if fp4 else CODES.value
+    first, second = weights[0], weights[-1]
+    quantized_linear_fwd_hopper_kernel[(min(number, programs * processors),)](
+        TensorDescriptor.from_tensor(codes[0], [height, columns], layout),
+        TensorDescriptor.from_tensor(codes[-1], [height, columns], layout),
+        TensorDescriptor.from_tensor(rounded.codes.view(torch.float8_e4m3fn), [tokens, SLAB.value], CODES.value),
         # The copy engine writes to multiples of 128 bytes.
         TensorDescriptor.from_tensor(rounded.scale.flatten(), [max(tokens, 32)], SCALES.value),
-        y_TO, weight.block_scale, weight.sub_scale, rounded.tiles, tiles, num_rows, rounded.scale.shape[1], rows, width,
-        tokens, groups, stages,
-        num_warps=4, maxnreg=128 if groups == 1 else None,
+        results_TO[0], results_TO[-1], first.block_scale, second.block_scale, first.sub_scale, second.sub_scale,
+        rounded.tiles, tiles, num_rows, rounded.scale.shape[1], rows, width, tokens, groups, stages, matrices,
+        num_warps=4, maxnreg=REGISTERS[programs],
     )  # fmt: skip
 
 

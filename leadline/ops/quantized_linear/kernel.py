@@ -131,8 +131,7 @@ def launch(
         if all(hopper.takes(y_TO.shape[1], x_TN.shape[1]) for y_TO in results):
             tokens = hopper.tokens_of_a_tile(len(x_TN), experts)
             rounded = round_activations(x_TN, counts_E, tokens, permuted=bool(sub_scales))
-            for weight, y_TO in zip(weights, results, strict=True):
-                hopper.multiply(rounded, weight, y_TO)
+            hopper.multiply(rounded, weights, results)
             return results
     tokens = min(max(triton.next_power_of_2(len(x_TN) // max(experts, 1)), 16), 64)
     rounded = round_activations(x_TN, counts_E, tokens, permuted=False)

@@ -40,6 +40,8 @@ def _attention(tokens: int, ratio: int, picks: int, gate: bool = True) -> Case:
         tokens=tokens,
         gate_tokens=(1, 127, 4001) if gate else (257,),
         gate_inputs=lambda count, device: inputs(count, device, 16 if count > 1000 else H),
+        # A single token has one key for all heads: what is rounded in its gradient is not averaged over others.
+        tolerance=8e-3,
         fp32_tolerance=4e-3,  # of the sink: a sum over gradients in bfloat16
     )
 
