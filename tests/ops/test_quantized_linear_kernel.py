@@ -16,6 +16,7 @@ from torch import Tensor
 
 from leadline.formats import e8m0, fp4, fp8
 from leadline.ops.dispatch import implementation
+from leadline.ops.invariance import batch_invariant
 from leadline.ops.quantized_linear import (
     FORMATS,
     Format,
@@ -123,7 +124,7 @@ def reference(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 @pytest.mark.interpret
-@pytest.mark.usefixtures("loops_to_scalars")
+@pytest.mark.usefixtures("loops_to_scalars", "fixed_order")
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 1, 32), (3, 130, 160), (70, 65, 256), (5, 64, 1056)])
 def test_interpreted(format: Format, tokens: int, rows: int, columns: int) -> None:
@@ -131,7 +132,7 @@ def test_interpreted(format: Format, tokens: int, rows: int, columns: int) -> No
 
 
 @pytest.mark.interpret
-@pytest.mark.usefixtures("loops_to_scalars")
+@pytest.mark.usefixtures("loops_to_scalars", "fixed_order")
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
 def test_grouped_interpreted(format: Format, counts: list[int]) -> None:
@@ -173,6 +174,66 @@ def test_compiled_by_torch(format: Format) -> None:
         assert torch.equal(torch.compile(op, fullgraph=True, backend="aot_eager")(x), op(x))
 
 
+# -- few tokens ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.interpret
+@pytest.mark.usefixtures("loops_to_scalars")
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 1, 32), (2, 130, 160), (3, 5, 1056), (4, 9, 2080)])
+def test_few_interpreted(few: list[int], format: Format, tokens: int, rows: int, columns: int) -> None:
+    check_dense(format, tokens, rows, columns)
+    assert few == [tokens] * 2
+
+
+@pytest.mark.interpret
+@pytest.mark.usefixtures("loops_to_scalars")
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("rows", [(7,), (20, 20)], ids=["one", "two at once"])
+@pytest.mark.parametrize("counts", [[5], [0, 2, 0, 0, 1, 0], [0, 0, 0, 1]], ids=str)
+def test_few_grouped_interpreted(few: list[int], format: Format, counts: list[int], rows: tuple[int, ...]) -> None:
+    check_grouped(format, counts, rows, 160)
+    assert few == [sum(counts)]
+
+
+@pytest.mark.interpret
+@pytest.mark.usefixtures("loops_to_scalars")
+@pytest.mark.parametrize("format", FORMATS)
+def test_few_tokens_with_extreme_and_broken_values(few: list[int], format: Format) -> None:
+    weight, x = random_weight(format, 9, 384), torch.randn(4, 384) * torch.logspace(-9, 6, 384)
+    x[1, 128:256] = 0
+    x[2, 300] = torch.inf
+    x[3] *= 1e-30
+    with implementation("kernel"):
+        y = quantized_linear(x, weight)
+    assert y[2].isnan().all()
+    good = [0, 1, 3]
+    assert close(y[good], reference(quantized_linear, x, weight)[good])
+    assert few
+
+
+@pytest.fixture
+def fixed_order() -> Iterator[None]:
+    """Few tokens run as many do."""
+    with batch_invariant():
+        yield
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each product that ran as one of few tokens."""
+    from leadline.ops.quantized_linear import few_kernel
+
+    ran, multiply = [], few_kernel.multiply
+
+    def noted(x: Tensor, *arguments: Any) -> None:
+        ran.append(len(x))
+        multiply(x, *arguments)
+
+    monkeypatch.setattr(few_kernel, "multiply", noted)
+    return ran
+
+
 # -- Hopper, interpreted -------------------------------------------------------------------------------------------
 
 
@@ -193,7 +254,7 @@ def engine() -> Any:
 
 
 @pytest.fixture
-def hopper(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[int, ...]]]:
+def hopper(engine: Any, monkeypatch: pytest.MonkeyPatch, fixed_order: None) -> Iterator[set[tuple[int, ...]]]:
     """The kernel for Hopper runs instead of the other, interpreted, on a GPU of three processors. The set gets tokens,
     warp groups and matrices of each launch."""
     from leadline.ops.quantized_linear import hopper, kernel
@@ -317,6 +378,7 @@ def test_grouped(format: Format, counts: list[int], rows: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("fixed_order")
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_row_is_the_same_in_any_batch(format: Format) -> None:
     """Tiles of all sizes, one warp group and two."""
@@ -327,6 +389,7 @@ def test_a_row_is_the_same_in_any_batch(format: Format) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("fixed_order")
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_row_is_the_same_among_any_experts(format: Format) -> None:
     stack = on_gpu(random_weight(format, 8, 512, 1024))

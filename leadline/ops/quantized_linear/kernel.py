@@ -3,6 +3,8 @@
 The product decodes both operands to BF16, where E4M3 values are exact, as is an E2M1 value times sub-scale / block
 scale; each slab is then one product in FP32, scaled and added. Hopper has a kernel of its own (`hopper.py`), with the
 eight-bit matrix units and the order of work written out; this one is for every other card, and for the interpreter.
+Both add in the same order whatever is beside a token. The product of few tokens (`few_kernel.py`) has an order of its
+own, so that inside of `batch_invariant()` it is not used.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from leadline.formats import e8m0
+from leadline.ops.invariance import is_batch_invariant
 from leadline.ops.opaque import opaque
+from leadline.ops.quantized_linear import few_kernel
 from leadline.ops.quantized_linear.round_kernel import Activations, Weight, round_activations
 from leadline.ops.quantized_linear.weight import QuantizedWeight
 
@@ -124,6 +128,9 @@ def launch(
     if len(x_TN) == 0:
         return results
     weights = list(map(Weight, codes, block_scales, sub_scales or [None] * len(codes)))
+    if few_kernel.takes(x_TN, weights, counts_E) and not is_batch_invariant():
+        few_kernel.multiply(x_TN, weights, results, counts_E)
+        return results
     experts = 0 if counts_E is None else len(counts_E)
     if _on_hopper(x_TN):
         from leadline.ops.quantized_linear import hopper
