@@ -128,7 +128,9 @@ class TransformersSide:
             rotary = theirs.DeepseekV4RotaryEmbedding(settings)
         attention.load_state_dict(in_transformers_names(ours))
         norm.load_state_dict({"weight": ours["norm.weight"]})
-        self.module = nn.ModuleList([norm, attention]).to(getattr(torch, config.torch_dtype))
+        self.module = nn.ModuleList([norm, attention])
+        for parameter in self.module.parameters():  # and no buffer: rotary frequencies stay in float32
+            parameter.data = parameter.data.to(getattr(torch, config.torch_dtype))
         self.norm, self.attention = norm, attention
         position_1T = torch.arange(tokens, device=device)[None]
         like = torch.empty(0, dtype=getattr(torch, config.torch_dtype), device=device)

@@ -41,6 +41,11 @@ def test_both_sides_agree(layer_h100: ModuleType) -> None:
     assert layer_h100.gate(layer_h100.LAYERS, 300, CPU) <= 1e-5
 
 
+def test_both_sides_agree_in_bfloat16(layer_h100: ModuleType) -> None:
+    config = layer_h100.LAYERS.replace(torch_dtype="bfloat16", hidden_size=256, q_lora_rank=64)
+    assert layer_h100.gate(config, 700, CPU) <= layer_h100.GATE_TOLERANCE * 2 / 3
+
+
 def test_the_gate_sees_a_wrong_weight(layer_h100: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     right = layer_h100.in_transformers_names
 
