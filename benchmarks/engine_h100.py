@@ -2,6 +2,7 @@
 
 usage: python benchmarks/engine_h100.py [--layers 43] [--experts 64] [--contexts 4K,128K,1M] [--chunk 8192]
                                         [--batch 64] [--full-prompt TOKENS] [--out FILE] [--commit HASH]
+       python benchmarks/engine_h100.py --peer [--experts 64] [--out FILE] [--commit HASH]
 
 The model has all widths of V4-Flash and random weights: experts in FP4, linear maps in FP8, the cache packed. Of the
 256 experts of a layer 64 are there, so that it fits on one card; a token visits 6 of them, as in the original, so the
@@ -14,6 +15,8 @@ keys, entries and window that it looks at, at the bandwidth that a device copy r
 *Prefill*: chunks at growing depths, timed one by one; MFU counts the operations of the report's formula
 (model/accounting.py, every product as two operations, whatever its format) against the bfloat16 product measured in
 the same run. With --full-prompt, a whole prompt goes in from the first token to the last.
+
+With --peer, nothing of this is measured, but a few of the layers beside transformers (`engine_peer.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import importlib.metadata
 import json
 import os
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -30,6 +34,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from engine_peer import PeerError, Sizes
+from engine_peer import measure as measure_peer
 from machine import commit as this_commit
 from rich.console import Console
 from rich.table import Table
@@ -306,7 +312,11 @@ def main() -> None:
     parser.add_argument("--full-prompt", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/engine.jsonl"))
     parser.add_argument("--commit", default="")
+    parser.add_argument("--peer", action="store_true", help="only the comparison with transformers")
     options = parser.parse_args()
+    if options.peer:
+        peer(options.experts, options.out, options.commit)
+        return
     ratios = (*FLASH.compress_ratios[: options.layers], 0)
     config = FLASH.replace(num_hidden_layers=options.layers, compress_ratios=ratios, n_routed_experts=options.experts)
     ceilings = measure_ceilings(DEVICE)
@@ -321,7 +331,7 @@ def main() -> None:
         for row in found if isinstance(found, list) else [found]:
             rows.append(row)
             console.print(row)
-            _append(options.out, row, ceilings, options.commit)
+            _append(options.out, _line(row, ceilings, options.commit))
 
     contexts = [min(cli.integer(word), 2**20 - 512) for word in options.contexts.split(",") if word]
     for context in contexts:
@@ -340,19 +350,49 @@ def main() -> None:
     console.print(table)
 
 
-def _append(path: Path, row: dict[str, Any], ceilings: Ceilings, commit: str) -> None:
-    line = {
+def peer(experts: int, out: Path, commit: str) -> None:
+    """The comparison with transformers, as rows of a table of its own."""
+    try:
+        found = measure_peer(experts, Sizes(), DEVICE)
+    except PeerError as error:
+        sys.exit(f"engine_h100: {error}")
+    for row in found:
+        Console(width=170).print(row)
+        _append(out, _peer_line(row, experts, commit))
+
+
+def _line(row: dict[str, Any], ceilings: Ceilings, commit: str) -> dict[str, Any]:
+    return {
         "benchmark": "engine",
         "title": "The engine with V4-Flash's widths, 43 layers, 64 experts a layer, FP4 and FP8 weights, packed cache",
         "command": "python benchmarks/engine_h100.py",
-        "machine": torch.cuda.get_device_name(DEVICE),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit or this_commit(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "triton")},
+        **_run(commit, "torch", "triton"),
         "copy_bytes_per_second": ceilings.copy,
         "matmul_flops_per_second": ceilings.matmul,
         "row": row,
     }
+
+
+def _peer_line(row: dict[str, Any], experts: int, commit: str) -> dict[str, Any]:
+    return {
+        "benchmark": "engine_peer",
+        "title": f"The engine against transformers eager: CSA and HCA layers of V4-Flash with {experts} experts each",
+        "command": "python benchmarks/engine_h100.py --peer",
+        **_run(commit, "torch", "triton", "transformers"),
+        "row": row,
+    }
+
+
+def _run(commit: str, *packages: str) -> dict[str, Any]:
+    return {
+        "machine": torch.cuda.get_device_name(DEVICE),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit or this_commit(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf8") as file:
         file.write(json.dumps(line) + "\n")

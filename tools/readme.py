@@ -32,7 +32,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE_FOLDERS = ("leadline", "benchmarks", "tools")
 # Benchmarks that can be run in part: the columns that tell their cases apart.
-CASES = {"ops": ("op", "shape", "direction"), "engine": ("what", "context")}
+CASES = {
+    "ops": ("op", "shape", "direction"),
+    "engine": ("what", "context"),
+    "engine_peer": ("work", "context"),
+    "layer_h100": ("layer", "work", "tokens"),
+    "v32_layer": ("layer", "sequences", "context"),
+    "v32_model": ("attention of", "sequences", "context"),
+}
 RESULT_KEYS = {"benchmark", "title", "command", "machine", "time", "commit", "versions", "row"}
 
 
