@@ -128,8 +128,9 @@ def launch(
     if len(x_TN) == 0:
         return results
     weights = list(map(Weight, codes, block_scales, sub_scales or [None] * len(codes)))
-    if few_kernel.takes(x_TN, weights, counts_E) and not is_batch_invariant():
-        few_kernel.multiply(x_TN, weights, results, counts_E)
+    if not is_batch_invariant() and all(few_kernel.takes(x_TN, weight, counts_E) for weight in weights):
+        for weight, y_TO in zip(weights, results, strict=True):
+            few_kernel.multiply(x_TN, weight, y_TO)
         return results
     experts = 0 if counts_E is None else len(counts_E)
     if _on_hopper(x_TN):
