@@ -2,13 +2,6 @@
 
 A program has a few rows and walks over their columns in chunks of one block of scales, so that a row's scale is one
 byte a chunk. Floor: the bytes of the rows and of the vectors, each once; the arithmetic is a few operations a value.
-
-Codes are turned into floats by moving their bits. E4M3 has the layout of a float with a smaller exponent field: its
-seven bits behind the sign, put at the top of a float32's exponent and mantissa, are the value times 2^-120, subnormal
-codes included, and one exact product repairs that. The same goes for E2M1, with 2^-126. It works alike on every GPU and
-under the interpreter, and no rounding is involved. The way back rounds to nearest even with integer arithmetic: the
-bits that are cut off are rounded into the rest, and below the smallest normal code the addition of 2^14 lets the adder
-round at the place of the smallest subnormal.
 """
 
 from __future__ import annotations
@@ -20,6 +13,16 @@ from torch import Tensor
 
 from leadline.formats import fp4, fp8
 from leadline.formats.cache_entry import KEY_BLOCK
+from leadline.ops.cache_rows.format_kernel import (
+    e2m1_codes,
+    e2m1_to_float,
+    e4m3_codes,
+    e4m3_to_float,
+    e8m0_inverse,
+    e8m0_to_float,
+    largest_magnitude,
+    scale_codes,
+)
 from leadline.ops.opaque import opaque
 
 VALUES_PER_TILE = 2048
@@ -32,28 +35,6 @@ def begin(EARLY: tl.constexpr):
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def e8m0_to_float(code):
-    """2^(code - 127) of uint8 codes; 255 is NaN."""
-    bits = tl.where(code == 0, 0x400000, code.to(tl.int32) << 23)
-    return tl.where(code == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def e4m3_to_float(code):
-    """Values of uint8 codes. The two codes of NaN become 480: a block that holds one has NaN for a scale."""
-    code = code.to(tl.int32)
-    bits = ((code & 0x80) << 24) | ((code & 0x7F) << 20)
-    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
-
-
-@triton.jit
-def e2m1_to_float(code):
-    """Values of codes 0..15 in int32."""
-    bits = ((code & 8) << 28) | ((code & 7) << 22)
-    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
 
 
 @triton.jit
@@ -116,44 +97,6 @@ def read_rows_fwd_kernel(
             tl.store(out_XK + x_R[:, None] * K + column[None, :], values.to(dtype), mask=mask)
 
 
-@triton.jit
-def _scale_code(x, LARGEST: tl.constexpr, FLOOR: tl.constexpr):
-    """E8M0 codes of the rows of x [R, block], as `formats.e8m0.block_scale` and `encode` give them, int32 [R]."""
-    # Bits of magnitudes are ordered like them, and NaN is above infinity.
-    amax = tl.max((x.to(tl.int32, bitcast=True) & 0x7FFFFFFF), 1)
-    wanted = tl.maximum(amax.to(tl.float32, bitcast=True), FLOOR) * (1.0 / LARGEST)
-    bits = wanted.to(tl.int32, bitcast=True)
-    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
-    return tl.where(amax < 0x7F800000, exponent, 255)
-
-
-@triton.jit
-def _inverse(scale_code):
-    """2^(127 - code). The floors of the formats keep it normal."""
-    return ((254 - scale_code) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _e4m3_codes(x):
-    """Codes of FP32 values, at most 448 in magnitude but for rounding."""
-    bits = x.to(tl.int32, bitcast=True)
-    magnitude = tl.minimum((bits & 0x7FFFFFFF).to(tl.float32, bitcast=True), 448.0)
-    above = magnitude.to(tl.int32, bitcast=True)
-    normal = ((above + 0x7FFFF + ((above >> 20) & 1)) >> 20) - (120 << 3)
-    subnormal = (magnitude + 16384.0).to(tl.int32, bitcast=True) & 0x1F
-    return (tl.where(magnitude < 0.015625, subnormal, normal) | ((bits >> 24) & 0x80)).to(tl.uint8)
-
-
-@triton.jit
-def _e2m1_codes(x):
-    """Codes 0..15 of FP32 values, in int32. Halfway between two values the even code is taken."""
-    bits = x.to(tl.int32, bitcast=True)
-    a = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
-    code = (a > 0.25).to(tl.int32) + (a >= 0.75).to(tl.int32) + (a > 1.25).to(tl.int32) + (a >= 1.75).to(tl.int32)
-    code += (a > 2.5).to(tl.int32) + (a >= 3.5).to(tl.int32) + (a > 5.0).to(tl.int32)
-    return code | ((bits >> 28) & 8)
-
-
 @triton.jit(do_not_specialize=["X"])
 def write_rows_fwd_kernel(
     vectors_XK, rows_X, target, rotary, scales, X,
@@ -176,18 +119,18 @@ def write_rows_fwd_kernel(
         else:
             if at < coded:
                 block = tl.where((column < coded)[None, :], x.to(tl.float32), 0.0)
-                scale_R = _scale_code(block, LARGEST, FLOOR)
+                scale_R = scale_codes(largest_magnitude(block), LARGEST, FLOOR)
                 tl.store(scales + row_R * groups + at // CHUNK, scale_R.to(tl.uint8), mask=row_R >= 0)
-                block *= _inverse(scale_R)[:, None]
+                block *= e8m0_inverse(scale_R)[:, None]
                 if INDEX:
-                    even, odd = tl.split(tl.reshape(_e2m1_codes(block), (ROWS, CHUNK // 2, 2)))
+                    even, odd = tl.split(tl.reshape(e2m1_codes(block), (ROWS, CHUNK // 2, 2)))
                     pair = at // 2 + tl.arange(0, CHUNK // 2)
                     tl.store(
                         target + row_R[:, None] * (K // 2) + pair[None, :], (even | (odd << 4)).to(tl.uint8), mask=real
                     )
                 else:
                     place = target + row_R[:, None] * (K + R) + column[None, :]
-                    tl.store(place, _e4m3_codes(block), mask=real & (column < coded)[None, :])
+                    tl.store(place, e4m3_codes(block), mask=real & (column < coded)[None, :])
             if at + CHUNK > coded:
                 place = rotary + row_R[:, None] * ((K + R) // 2) + (coded // 2 + column - coded)[None, :]
                 tl.store(place, x.to(tl.bfloat16), mask=here & (column >= coded)[None, :])

@@ -1,9 +1,8 @@
 """Activations to E4M3, in Triton, and the tiles of a grouped product.
 
 Rounding is bound by bytes: a program reads a few rows of four slabs once and writes codes, and scales with a slab to a
-row, so that a product reads those of a tile of tokens as one run. E4M3 codes are made by integer arithmetic on the bits
-of the float, which is the same on every GPU. For a grouped product one more program lists its tiles, because only the
-device knows how many rows an expert has.
+row, so that a product reads those of a tile of tokens as one run. For a grouped product one more program lists its
+tiles, because only the device knows how many rows an expert has.
 """
 
 from __future__ import annotations
@@ -15,23 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leadline.ops.cache_rows.format_kernel import e4m3_codes, e8m0_inverse, e8m0_to_float, largest_magnitude, scale_codes
 from leadline.ops.quantized_linear.weight import SLAB
 
 ALIGNMENT = 4  # tokens: a run of scales begins at a multiple of 16 bytes
 TILE_FIELDS = 4  # of the list of tiles: expert, first token, begin and end of the tokens that are stored
 ROW_BLOCK, SLAB_BLOCK = 4, 4  # of a program
-
-
-@triton.jit
-def _e4m3(value):
-    """Codes of float32 values of at most 448, to nearest even."""
-    bits = value.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
-    # Below 2^-6 codes are multiples of 2^-9, which is the last bit of a sum with 2^14.
-    small = (tl.abs(value) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-    code = tl.where(magnitude < 0x3C800000, small, normal)
-    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit
@@ -84,15 +72,10 @@ def quantized_linear_round_kernel(
     real = (row < num_rows)[:, None]
     x = tl.load(x_ptr + row[:, None] * N + source[None, :], mask=real & (source < N)[None, :], other=0.0)
     x = x.to(tl.float32).reshape(ROW_BLOCK, SLAB_BLOCK, 128)
-    # As integers, magnitudes are ordered as they are as floats, and NaN is above all of them.
-    largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 2)
-    amax = largest.to(tl.float32, bitcast=True)
-    bits = (tl.maximum(amax, 1e-4) * (1.0 / 448.0)).to(tl.int32, bitcast=True)
-    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
-    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    codes = _e4m3(x * inverse[:, :, None]).reshape(ROW_BLOCK, SLAB_BLOCK * 128)
+    exponent = scale_codes(largest_magnitude(x), 448.0, 1e-4)
+    codes = e4m3_codes(x * e8m0_inverse(exponent)[:, :, None]).reshape(ROW_BLOCK, SLAB_BLOCK * 128)
     tl.store(codes_ptr + row[:, None] * N + column[None, :], codes, mask=real & (column < N)[None, :])
-    scale = tl.where(largest < 0x7F800000, exponent << 23, 0x7FC00000).to(tl.float32, bitcast=True)
+    scale = e8m0_to_float(exponent)
     slab = tl.program_id(1) * SLAB_BLOCK + tl.arange(0, SLAB_BLOCK)
     pointers = scale_ptr + slab.to(tl.int64)[None, :] * stride + row[:, None]
     tl.store(pointers, scale, mask=real & (slab * 128 < N)[None, :])
