@@ -35,8 +35,9 @@ from leadline.model.state import LayerState
 from leadline.ops.cache_rows import Source
 from leadline.ops.decode_attention import decode_attention
 from leadline.ops.indexer_loss import indexer_loss, indexer_recall
+from leadline.ops.norm_rope import norm_rope
 from leadline.ops.rms_norm import rms_norm
-from leadline.ops.rope import rope
+from leadline.ops.rope import rope, unrotate_
 from leadline.ops.sparse_attention import sparse_attention
 
 
@@ -45,7 +46,7 @@ class Attention(nn.Module):
         super().__init__()
         self.ratio = ratio
         self.heads, self.width = config.num_attention_heads, config.head_dim
-        self.rotary_width, self.groups, self.eps = config.qk_rope_head_dim, config.o_groups, config.rms_norm_eps
+        self.groups, self.eps = config.o_groups, config.rms_norm_eps
         self.wq_a = Linear(config.hidden_size, config.q_lora_rank)
         self.q_norm = Norm(config.q_lora_rank)
         self.wq_b = Linear(config.q_lora_rank, self.heads * self.width)
@@ -69,16 +70,15 @@ class Attention(nn.Module):
         rotation = index.rotation(self.ratio)
         q_latent_TQ = rms_norm(self.wq_a(x_TD), self.q_norm.weight, self.eps)
         q_THK = self.wq_b(q_latent_TQ).unflatten(-1, (self.heads, self.width))
-        q_THK = rope(rms_norm(q_THK, None, self.eps), *rotation)
-        keys_TK = rope(rms_norm(self.wkv(x_TD), self.kv_norm.weight, self.eps), *rotation)
-        keys_TK = cache_format.key(keys_TK, self.rotary_width)
+        q_THK = norm_rope(q_THK, *rotation, eps=self.eps)
+        keys_TK = norm_rope(
+            self.wkv(x_TD), *rotation, weight=self.kv_norm.weight, eps=self.eps, rounding=cache_format.key
+        )
         keys = keys_TK if state is None else state.with_past(keys_TK, index.ring)
 
         entries = picked_TM = operands = None
         if self.compressor is not None:
-            entries = self.compressor(
-                x_TD, index, state.entries if state else None, lambda x: cache_format.key(x, self.rotary_width)
-            )
+            entries = self.compressor(x_TD, index, state.entries if state else None, cache_format.key)
         if self.indexer is not None:
             operands = self.indexer.operands(x_TD, q_latent_TQ, index, state.index if state else None, cache_format)
             picked_TM = self.indexer.pick(operands, index)
@@ -91,7 +91,8 @@ class Attention(nn.Module):
             assert isinstance(entries, Tensor)
             signals = self._signals(operands, q_THK, entries, lse_TH, picked_TM, index, training)
         del q_THK, operands  # outside of training nobody needs them now, and they are as large as the output
-        o_THK = rope(o_THK, *rotation, inverse=True)
+        # In place only an eighth of the values moves; but a gradient needs the attention's output as it was.
+        o_THK = rope(o_THK, *rotation, inverse=True) if o_THK.requires_grad else unrotate_(o_THK, *rotation)
         return self._project(o_THK), signals
 
     def _attend(

@@ -8,51 +8,31 @@ and index queries and keys in FP4 (blocks of 32) after a Hadamard rotation (repo
 - `PACKED` rounds the same way, and a state keeps the bytes (`formats.cache_entry`). Every logit has the bits of
   `SERVED`; only the memory differs.
 
-The gradient passes straight through the rounding.
+The rounding itself is part of `ops.norm_rope`; gradients pass straight through it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from leadline.formats import fp4, hadamard
-from leadline.formats.cache_entry import round_keys
-
-Rounding = Callable[[Tensor], Tensor]
+from leadline.ops.norm_rope import Rounding
 
 
 @dataclass(frozen=True)
 class CacheFormat:
-    """Roundings of the two kinds of cached vectors, and the form that a state keeps them in.
+    """What the two kinds of cached vectors are rounded to, and the form that a state keeps them in.
 
-    key: applied to window keys and entries [..., K] given the width of their rotary part.
-    index: applied to index queries and keys [..., I].
+    key: of window keys and entries [..., K]. index: of index queries and keys [..., I]. None: as computed.
     packed: whether a state keeps bytes, in place of floats in the model's dtype.
     """
 
     name: str
-    key: Callable[[Tensor, int], Tensor]
-    index: Rounding
+    key: Rounding | None
+    index: Rounding | None
     packed: bool = False
 
 
-def _straight_through(x: Tensor, rounded: Tensor) -> Tensor:
-    return x + (rounded - x).detach() if x.requires_grad else rounded
-
-
-def _served_key(x: Tensor, rotary_width: int) -> Tensor:
-    return _straight_through(x, round_keys(x.detach(), rotary_width))
-
-
-def _served_index(x: Tensor) -> Tensor:
-    rotated = hadamard.rotate(x)
-    return _straight_through(rotated, fp4.fake_quantize(rotated.detach()))
-
-
-EXACT = CacheFormat("exact", lambda x, rotary_width: x, lambda x: x)
-SERVED = CacheFormat("served", _served_key, _served_index)
-PACKED = CacheFormat("packed", _served_key, _served_index, packed=True)
+EXACT = CacheFormat("exact", key=None, index=None)
+SERVED = CacheFormat("served", key="fp8", index="fp4")
+PACKED = CacheFormat("packed", key="fp8", index="fp4", packed=True)
 CACHE_FORMATS = {"exact": EXACT, "served": SERVED, "packed": PACKED}

@@ -19,15 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from leadline.model.cache_format import Rounding
 from leadline.model.config import CSA_RATIO, ModelConfig
 from leadline.model.linear import Linear, Norm, linear_fp32
 from leadline.model.segment_index import SegmentIndex
 from leadline.model.state import CompressorState
 from leadline.ops.cache_rows import Source
 from leadline.ops.gated_pool import gated_pool
-from leadline.ops.rms_norm import rms_norm
-from leadline.ops.rope import rope
+from leadline.ops.norm_rope import Rounding, norm_rope
 
 
 class PlaceRows(torch.autograd.Function):
@@ -60,20 +58,30 @@ class Compressor(nn.Module):
         self.wgate = Linear(config.hidden_size, columns)
         self.norm = Norm(width)
 
-    def forward(self, x_TD: Tensor, index: SegmentIndex, state: CompressorState | None, rounding: Rounding) -> Source:
+    def forward(
+        self, x_TD: Tensor, index: SegmentIndex, state: CompressorState | None, rounding: Rounding | None
+    ) -> Source:
         """What the layer's queries can see: all entries [C, width] in the dtype of x, as `index.reach` counts them, or
         the state's own store, of which `index.lookup` names rows."""
         rows = index.pool[self.ratio]
         values_TE = linear_fp32(x_TD, self.wkv.weight)
         scores_TE = linear_fp32(x_TD, self.wgate.weight) + PlaceRows.apply(self.ape, index.positions_T % self.ratio)
         if state is None:
-            return rounding(self._entries(values_TE, scores_TE, index, x_TD.dtype))
+            return self._entries(values_TE, scores_TE, index, x_TD.dtype, rounding)
         past_and_new = state.with_past(values_TE, scores_TE, rows)
         if len(rows.rows_CG):  # most decoding steps finish no entry
-            state.entries.write(rows.entry_rows_C, rounding(self._entries(*past_and_new, index, x_TD.dtype)))
+            state.entries.write(rows.entry_rows_C, self._entries(*past_and_new, index, x_TD.dtype, rounding))
         return state.entries.source if rows.seen_X is None else state.entries.read(rows.seen_X)
 
-    def _entries(self, values_YE: Tensor, scores_YE: Tensor, index: SegmentIndex, dtype: torch.dtype) -> Tensor:
-        """The entries that the segment makes [C, width], in `dtype`, not yet rounded to what the cache can hold."""
+    def _entries(
+        self,
+        values_YE: Tensor,
+        scores_YE: Tensor,
+        index: SegmentIndex,
+        dtype: torch.dtype,
+        rounding: Rounding | None,
+    ) -> Tensor:
+        """The entries that the segment makes [C, width], in `dtype`, rounded to what the cache can hold."""
         new_CD = gated_pool(values_YE, scores_YE, index.pool[self.ratio].rows_CG, self.width).to(dtype)
-        return rope(rms_norm(new_CD, self.norm.weight, self.eps), *index.entry_rotation(self.ratio))
+        rotation = index.entry_rotation(self.ratio)
+        return norm_rope(new_CD, *rotation, weight=self.norm.weight, eps=self.eps, rounding=rounding)

@@ -25,8 +25,8 @@ from leadline.model.state import CompressorState
 from leadline.ops.cache_rows import Source
 from leadline.ops.decode_indexer import decode_pick_entries
 from leadline.ops.lightning_indexer import pick_entries
+from leadline.ops.norm_rope import norm_rope
 from leadline.ops.precision import wide
-from leadline.ops.rope import rope
 
 
 class IndexOperands(NamedTuple):
@@ -58,7 +58,7 @@ class Indexer(nn.Module):
         """Queries, head weights and keys; updates the state."""
         x_TD, q_latent_TQ = x_TD.detach(), q_latent_TQ.detach()
         q_TJI = self.wq_b(q_latent_TQ).unflatten(-1, (self.heads, self.width))
-        q_TJI = cache_format.index(rope(q_TJI, *index.rotation(CSA_RATIO)))
+        q_TJI = norm_rope(q_TJI, *index.rotation(CSA_RATIO), rounding=cache_format.index)
         weight_TJ = wide(self.weights_proj(x_TD)) * (self.width**-0.5 * self.heads**-0.5)
         return IndexOperands(q_TJI, weight_TJ, self.compressor(x_TD, index, state, cache_format.index))
 

@@ -14,7 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leadline.ops.cache_rows.format_kernel import e4m3_codes, e8m0_inverse, e8m0_to_float, largest_magnitude, scale_codes
+from leadline.ops.cache_rows.format_kernel import (
+    e4m3_codes,
+    e8m0_inverse,
+    e8m0_to_float,
+    largest_magnitude,
+    scale_codes,
+)
 from leadline.ops.quantized_linear.weight import SLAB
 
 ALIGNMENT = 4  # tokens: a run of scales begins at a multiple of 16 bytes

@@ -26,6 +26,40 @@ VALUES_PER_THREAD = 16
 PARTIAL_SUMS = 512  # about four programs for each multiprocessor of a large card
 
 
+@triton.jit
+def load_weight(weight_ptr, columns, D: tl.constexpr):
+    """A norm's weight in FP32, as one row; None where there is none."""
+    if weight_ptr is None:
+        weight = None
+    else:
+        weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+    return weight
+
+
+@triton.jit
+def norm_rows(x, weight, eps, D: tl.constexpr, dtype: tl.constexpr):
+    """`rms_norm` of a tile of whole rows in FP32, x, that hold values of `dtype` and zeros behind column D; FP32, to be
+    rounded to `dtype`."""
+    if weight is None:
+        # Every step is rounded to the dtype of x, as in the published code.
+        mean_square = (tl.sum((x * x).to(dtype).to(tl.float32), axis=1) / D).to(dtype).to(tl.float32)
+        y = x * tl.rsqrt((mean_square + eps).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)[:, None]
+    else:
+        y = x * tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None] * weight
+    return y
+
+
+@triton.jit
+def norm_rows_gradient(x, dy, weight, eps, D: tl.constexpr):
+    """Gradients of `norm_rows`, where dy is that of its result: of x, and of the weight, from each row alone."""
+    scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
+    normed = x * scale
+    dweight = dy * normed
+    if weight is not None:
+        dy *= weight
+    return scale * (dy - normed * (tl.sum(dy * normed, axis=1) / D)[:, None]), dweight
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def rms_norm_fwd_kernel(
     x_ptr,
@@ -42,14 +76,7 @@ def rms_norm_fwd_kernel(
     offsets = rows[:, None] * D + columns[None, :]
     inside = (rows < num_rows)[:, None] & (columns < D)[None, :]
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    if weight_ptr is None:
-        # Every step is rounded to the dtype of x, as in the published code.
-        dtype = x_ptr.dtype.element_ty
-        mean_square = (tl.sum((x * x).to(dtype).to(tl.float32), axis=1) / D).to(dtype).to(tl.float32)
-        y = x * tl.rsqrt((mean_square + eps).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)[:, None]
-    else:
-        y = x * tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
-        y *= tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+    y = norm_rows(x, load_weight(weight_ptr, columns, D), eps, D, x_ptr.dtype.element_ty)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -68,8 +95,8 @@ def rms_norm_bwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     columns = tl.arange(0, BLOCK_D)
+    weight = load_weight(weight_ptr, columns, D)
     if weight_ptr is not None:
-        weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
         dweight = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
     first = tl.program_id(0) * blocks_per_program
     for block in range(first, first + blocks_per_program):
@@ -78,12 +105,9 @@ def rms_norm_bwd_kernel(
         inside = (rows < num_rows)[:, None] & (columns < D)[None, :]
         x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
-        normed = x * scale
+        dx, dweight_of_rows = norm_rows_gradient(x, dy, weight, eps, D)
         if weight_ptr is not None:
-            dweight += dy * normed
-            dy *= weight
-        dx = scale * (dy - normed * (tl.sum(dy * normed, axis=1) / D)[:, None])
+            dweight += dweight_of_rows
         tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     if weight_ptr is not None:
         partial = dweight_ptr + tl.program_id(0) * D + columns

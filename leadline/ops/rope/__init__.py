@@ -25,6 +25,25 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tenso
     return Rotation.apply(x, cos, sin, inverse)
 
 
+def unrotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rope` with inverse, in place: x with its last R values turned back, the others neither read nor written.
+
+    Arguments as in `rope`; x may have any layout, is changed, and is returned. Only for an x that autograd does not
+    know: a gradient would be that of numbers which are gone. So an x that requires a gradient is refused, also where
+    gradients are switched off.
+    """
+    if x.requires_grad:
+        raise ValueError("unrotate_ changes a tensor that requires a gradient; use rope(..., inverse=True)")
+    if x.is_contiguous() and use_kernel("unrotate_", x):
+        from leadline.ops.rope import kernel
+
+        kernel.unrotate(x, cos.contiguous(), sin.contiguous())
+    else:
+        tail = x[..., -2 * cos.shape[-1] :]
+        tail.copy_(rope(tail, cos, sin, inverse=True))
+    return x
+
+
 def rotations(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of position x frequency, FP32 [..., R/2]. The product stays FP32: bf16 is wrong beyond 256."""
     angles = positions.to(torch.float32)[..., None] * frequencies

@@ -1,8 +1,9 @@
 """The rotation in Triton.
 
-A tile is a run of rows, where a row is one head of one token: its first K - R values are copied, the last R are read as
-R/2 pairs and turned. Floor: every value in once and out once; the cos and sin of a token are shared by its heads and
-stay in the cache. The arithmetic is 6 FLOPs for each rotated pair, so bytes are all that counts.
+A tile is a run of rows, where a row is one head of one token: its first K - R values are copied, or not looked at when
+the rotation is done in place, the last R are read as R/2 pairs and turned. Floor: every value in once and out once; the
+cos and sin of a token are shared by its heads and stay in the cache. The arithmetic is 6 FLOPs for each rotated pair,
+so bytes are all that counts.
 
 The backward is the same kernel with the opposite angle.
 """
@@ -21,6 +22,13 @@ from leadline.ops.opaque import opaque
 VALUES_PER_TILE = 4096
 
 
+@triton.jit
+def turn_pairs(x, cos, sin):
+    """A tile of FP32 rows, x, whose pairs (2k, 2k+1) are turned by the angles of cos and sin [rows, pairs]."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), x.shape)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def rope_fwd_kernel(
     x_ptr,
@@ -32,6 +40,7 @@ def rope_fwd_kernel(
     K: tl.constexpr,
     R: tl.constexpr,
     INVERSE: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_PASS: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
@@ -49,11 +58,9 @@ def rope_fwd_kernel(
     turned = inside & (columns < R)
     offsets = rows[:, None] * K + (K - R) + columns
     x = tl.load(x_ptr + offsets, mask=turned, other=0.0).to(tl.float32)
-    even, odd = tl.split(tl.reshape(x, (BLOCK_ROWS, BLOCK_PAIRS, 2)))
-    y = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK_ROWS, 2 * BLOCK_PAIRS))
-    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=turned)
+    tl.store(y_ptr + offsets, turn_pairs(x, cos, sin).to(y_ptr.dtype.element_ty), mask=turned)
 
-    if K > R:
+    if K > R and not IN_PLACE:
         columns = tl.arange(0, BLOCK_PASS)[None, :]
         offsets = rows[:, None] * K + columns
         passed = inside & (columns < K - R)
@@ -63,11 +70,23 @@ def rope_fwd_kernel(
 @opaque(lambda x, cos, sin, inverse: torch.empty_like(x))
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """The rotation of a contiguous x."""
-    y, width = torch.empty_like(x), x.shape[-1]
+    y = torch.empty_like(x)
+    _launch(x, cos, sin, y, inverse)
+    return y
+
+
+@opaque(lambda x, cos, sin: None, changes=("x",))
+def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Turns a contiguous x back where it lies; only its last R values are read and written."""
+    _launch(x, cos, sin, x, True)
+
+
+def _launch(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, inverse: bool) -> None:
+    width, pairs = x.shape[-1], cos.shape[-1]
     heads = x.shape[1] if x.ndim == 3 else 1
     num_rows = x.shape[0] * heads
-    pairs = cos.shape[-1]
-    block_rows = max(1, VALUES_PER_TILE // triton.next_power_of_2(width))
+    in_place = y is x
+    block_rows = max(1, VALUES_PER_TILE // triton.next_power_of_2(2 * pairs if in_place else width))
     rope_fwd_kernel[(triton.cdiv(num_rows, block_rows),)](
         x,
         cos,
@@ -78,12 +97,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
         width,
         2 * pairs,
         inverse,
+        in_place,
         block_rows,
         triton.next_power_of_2(max(1, width - 2 * pairs)),
         triton.next_power_of_2(pairs),
         num_warps=4,
     )
-    return y
 
 
 class Rotation(torch.autograd.Function):
