@@ -18,6 +18,7 @@ from leadline.ops.gated_pool import gated_pool
 from leadline.ops.grouped_linear import grouped_linear
 from leadline.ops.hyper_connection import mix_head, mix_in, mix_out
 from leadline.ops.newton_schulz import newton_schulz
+from leadline.ops.norm_rope import norm_rope
 from leadline.ops.opaque import opaque
 from leadline.ops.rms_norm import rms_norm
 from leadline.ops.rope import rope
@@ -37,6 +38,15 @@ CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...] | Tensor]]] = {
     "rms_norm": (lambda x, weight: rms_norm(x, weight, EPS), [(5, 8), (8,)]),
     "rms_norm weightless": (lambda x: rms_norm(x, None, EPS), [(5, 2, 8)]),
     "rope": (lambda x, cos, sin: rope(x, cos, sin, inverse=True), [(5, 2, 8), (5, 2), (5, 2)]),
+    "norm_rope of queries": (lambda x, cos, sin: norm_rope(x, cos, sin, eps=EPS), [(5, 2, 8), (5, 2), (5, 2)]),
+    "norm_rope of keys": (
+        lambda x, cos, sin, weight: norm_rope(x, cos, sin, weight=weight, eps=EPS, rounding="fp8"),
+        [(5, 32), (5, 2), (5, 2), (32,)],
+    ),
+    "norm_rope of index queries": (
+        lambda x, cos, sin: norm_rope(x, cos, sin, rounding="fp4"),
+        [(5, 2, 32), (5, 2), (5, 2)],
+    ),
     "swiglu": (lambda gate, up, scale: swiglu(gate, up, 1.0, scale), [(5, 8), (5, 8), (5,)]),
     "swiglu without weights": (lambda gate, up: swiglu(gate, up, 1.0), [(5, 8), (5, 8)]),
     "mix_in": (lambda x, fn, base, scale: mix_in(x, fn, base, scale, 2, EPS, EPS), [(5, 4, 8), (24, 32), (24,), (3,)]),

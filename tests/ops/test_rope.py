@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from leadline.ops.rope import frequencies, rope, rotations
+from leadline.ops.rope import frequencies, rope, rotations, unrotate_
 
 
 def formula(x: Tensor, positions: Tensor, pairs: Tensor, inverse: bool) -> Tensor:
@@ -66,6 +66,31 @@ def test_any_layout_in_and_the_input_unchanged(scattered: Callable[[Tensor], Ten
     kept = x.clone()
     torch.testing.assert_close(rope(scattered(x), *rotation), rope(x, *rotation), rtol=0, atol=0)
     assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("shape", "width"), [((5, 3, 8), 4), ((3, 6), 6), ((127, 2, 9), 2), ((0, 2, 4), 2)])
+def test_in_place_has_the_bits_of_the_inverse(shape: tuple[int, ...], width: int, dtype: torch.dtype) -> None:
+    x, rotation = torch.randn(shape).to(dtype), rotations(torch.arange(shape[0]), frequencies(width, 10.0))
+    wanted = rope(x, *rotation, inverse=True)
+    assert unrotate_(x, *rotation) is x
+    assert torch.equal(x, wanted)
+
+
+def test_in_place_in_any_layout(scattered: Callable[[Tensor], Tensor]) -> None:
+    x, rotation = torch.randn(5, 3, 8), rotations(torch.arange(5), frequencies(4, 10.0))
+    view = scattered(x)
+    unrotate_(view, *rotation)
+    assert torch.equal(view, rope(x, *rotation, inverse=True))
+
+
+def test_what_needs_a_gradient_is_not_changed_in_place() -> None:
+    x, rotation = torch.randn(5, 8, requires_grad=True), rotations(torch.arange(5), frequencies(4, 10.0))
+    for tensor in (x, x * 2):
+        kept = tensor.detach().clone()
+        with torch.no_grad(), pytest.raises(ValueError, match=r"requires a gradient; use rope\(..., inverse=True\)"):
+            unrotate_(tensor, *rotation)
+        assert torch.equal(tensor, kept)
 
 
 @given(shift=st.integers(0, 1000), distance=st.integers(0, 200), seed=st.integers(0, 99))

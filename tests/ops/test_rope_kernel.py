@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leadline.ops.dispatch import implementation
-from leadline.ops.rope import rope, rotations
+from leadline.ops.rope import rope, rotations, unrotate_
 
 # tokens, heads (0 = no axis of heads), width, rotated part
 SHAPES = [(1, 0, 2, 2), (3, 2, 8, 8), (127, 0, 9, 6), (5, 7, 20, 12), (4001, 0, 3, 2), (0, 2, 8, 4)]
@@ -42,6 +42,42 @@ def test_values_that_pass_through_are_untouched() -> None:
     x[..., 6:] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0])
     with implementation("kernel"):
         assert torch.equal(rope(x, cos, sin)[..., :6], x[..., :6])
+
+
+def check_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """The same bits as out of place, whether the rows lie one behind the other or not."""
+    with implementation("kernel"):
+        wanted = rope(x, cos, sin, inverse=True)
+        room = torch.full((*x.shape[:-1], x.shape[-1] + 3), 7.0, dtype=x.dtype, device=x.device)
+        room[..., 1:-2] = x
+        unrotate_(room[..., 1:-2], cos, sin)
+        unrotate_(x, cos, sin)
+    assert torch.equal(x, wanted)
+    assert torch.equal(room[..., 1:-2], wanted)
+    assert (room[..., [0, -2, -1]] == 7.0).all()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_interpreted_in_place(shape: tuple[int, int, int, int]) -> None:
+    check_in_place(*inputs(shape))
+
+
+@pytest.mark.interpret
+def test_in_place_traced_as_one_operation() -> None:
+    x, cos, sin = inputs((3, 2, 8, 4))
+    wanted = rope(x, cos, sin, inverse=True) * 2
+    with implementation("kernel"):
+        compiled = torch.compile(lambda x: unrotate_(x * 1, cos, sin) * 2, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
+def test_compiled_in_place(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    x, cos, sin = inputs(shape, "cuda")
+    check_in_place(x.to(dtype), cos, sin)
 
 
 @pytest.mark.gpu
