@@ -29,6 +29,7 @@ from leadline.model.compressor import Compressor
 from leadline.model.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from leadline.model.indexer import Indexer, IndexOperands
 from leadline.model.linear import GroupedOutput, Linear, Norm
+from leadline.model.rotary import Rotation
 from leadline.model.segment_index import SegmentIndex
 from leadline.model.signals import IndexerSignals, Training
 from leadline.model.state import LayerState
@@ -71,9 +72,7 @@ class Attention(nn.Module):
         q_latent_TQ = rms_norm(self.wq_a(x_TD), self.q_norm.weight, self.eps)
         q_THK = self.wq_b(q_latent_TQ).unflatten(-1, (self.heads, self.width))
         q_THK = norm_rope(q_THK, *rotation, eps=self.eps)
-        keys_TK = norm_rope(
-            self.wkv(x_TD), *rotation, weight=self.kv_norm.weight, eps=self.eps, rounding=cache_format.key
-        )
+        keys_TK = self.keys(x_TD, rotation, cache_format)
         keys = keys_TK if state is None else state.with_past(keys_TK, index.ring)
 
         entries = picked_TM = operands = None
@@ -94,6 +93,12 @@ class Attention(nn.Module):
         # In place only an eighth of the values moves; but a gradient needs the attention's output as it was.
         o_THK = rope(o_THK, *rotation, inverse=True) if o_THK.requires_grad else unrotate_(o_THK, *rotation)
         return self._project(o_THK), signals
+
+    def keys(self, x_TD: Tensor, rotation: Rotation, cache_format: CacheFormat) -> Tensor:
+        """Window keys [T, K], rotated at their positions and rounded as the cache keeps them."""
+        return norm_rope(
+            self.wkv(x_TD), *rotation, weight=self.kv_norm.weight, eps=self.eps, rounding=cache_format.key
+        )
 
     def _attend(
         self, q_THK: Tensor, keys: Source, entries: Source | None, picked_TM: Tensor | None, index: SegmentIndex

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from leadline.model.attention import Attention
 from leadline.model.compressor import Compressor
+from leadline.model.dspark import MarkovHead
 from leadline.model.hyper_connections import HyperConnection, StreamHead
 from leadline.model.linear import Linear, Norm
 from leadline.model.moe import Experts, SharedExpert
@@ -54,6 +55,8 @@ def initialize(model: Transformer, seed: int, token_frequencies_V: Tensor | None
             _normal(module.fn, generator)
             module.base.zero_()
             module.scale.fill_(GATE_SCALE)
+        elif isinstance(module, MarkovHead):
+            _normal(module.markov_w1.weight, generator)
         elif isinstance(module, Gate):
             _normal(module.weight, generator)
             if module.bias is not None:

@@ -24,18 +24,30 @@ class SegmentIndex:
 
     lookup: of a decoding step, the rows that its tokens see; None for other segments, and then `reach` says it.
     layout: of the `State` in use; None when there is none, and then a segment brings all that it looks back at.
-    rotary: of the model; None makes one.
+    rotary: of the model; None makes one. draft_block: the tokens of each sequence are a block of drafts, which see each
+    other and the window before them (`dspark.py`); such an index is for window-only layers.
     """
 
-    def __init__(self, segment: Segment, config: ModelConfig, layout: Layout | None, rotary: Rotary | None = None):
+    def __init__(
+        self,
+        segment: Segment,
+        config: ModelConfig,
+        layout: Layout | None,
+        rotary: Rotary | None = None,
+        *,
+        draft_block: bool = False,
+    ):
         if layout is None and any(segment.past):
             raise ValueError(f"sequences with a past {segment.past} need a state")
         self.segment = segment
         rotary = rotary or Rotary(config)
-        ratios = sorted(set(config.layer_ratios) - {0})
+        ratios = [] if draft_block else sorted(set(config.layer_ratios) - {0})
         self.lookup: Lookup | None = None
         self._reach: dict[int, Reach] = {}
-        if layout is not None and max(segment.lengths) <= 1 + layout.spare_tokens and not _repeats(segment, layout):
+        if layout is not None and draft_block:
+            rows = StepRows(segment, config.sliding_window, layout)
+            self.lookup = rows.block_lookup()
+        elif layout is not None and max(segment.lengths) <= 1 + layout.spare_tokens and not _repeats(segment, layout):
             rows = StepRows(segment, config.sliding_window, layout)
             self.lookup = rows.lookup()
         else:

@@ -77,13 +77,18 @@ class LayerState:
         elif len(rows.past_X):
             keys_XK = torch.cat([self.window.read(rows.past_X), keys_TK])
             source = keys_XK if rows.order_X is None else keys_XK[rows.order_X]
-        self.window.write(rows.keep_ring, keys_TK[rows.keep_new])
+        self.keep(keys_TK[rows.keep_new], rows)
         return source
+
+    def keep(self, keys_XK: Tensor, rows: RingRows) -> None:
+        """Put the keys of the latest tokens, `RingRows.keep_new`, into the ring."""
+        self.window.write(rows.keep_ring, keys_XK)
 
 
 @dataclass(frozen=True)
 class FixedBlock:
-    """A copy of one slot's fixed block: the windows and tails of all layers, MTP blocks included, by name.
+    """A copy of one slot's fixed block: the windows and tails of all layers, by name; those of MTP blocks or
+    draft stages are among them.
 
     With the pages that its sequence had at the time it is all that is needed to go on from there.
     """
@@ -96,7 +101,7 @@ class FixedBlock:
 
 
 class State:
-    """Memory of `slots` sequences for all layers of a model, MTP blocks included.
+    """Memory of `slots` sequences for all layers of a model, with those of its MTP blocks or draft stages.
 
     capacity_tokens: how many tokens of a sequence its slot can hold, rounded up to pages; `reserve` grows it.
     pages: in place of that, a number of pages that are given out with `assign`; max_tokens is then the length of the

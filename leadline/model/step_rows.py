@@ -85,6 +85,17 @@ class StepRows:
             visible_T=(segment.positions_T + 1) // CSA_RATIO,
         )
 
+    def block_lookup(self) -> Lookup:
+        """What the tokens of draft blocks see, in window-only layers: the W keys before their block, and all of it.
+
+        The sequences bring equally many tokens, at most the spare ones: the block's keys then lie in the rows that the
+        next tokens' keys will take, and nobody's window is touched."""
+        segment, length = self._segment, self._segment.lengths[0]
+        last_N = torch.tensor(segment.starts, device=segment.device) + (length - 1)
+        rows_NX = self._ring_rows(last_N, self._window + length, self._window).int()
+        none = torch.empty(segment.num_tokens, 0, dtype=torch.int32, device=segment.device)
+        return Lookup(rows_NX[segment.sequence_T], none, self._pages_NP, torch.zeros_like(segment.positions_T))
+
     def _ring_rows(self, token_X: Tensor, count: int, needed: int) -> Tensor:
         """Rows, in a ring that needs some rows and has the spare ones, of the `count` latest positions that each of
         some tokens sees, itself the last; -1 before its sequence's first token."""

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from leadline.model.block import Block
 from leadline.model.cache_format import EXACT, CacheFormat
 from leadline.model.config import ModelConfig
+from leadline.model.dspark import DSpark
 from leadline.model.hyper_connections import StreamHead, spread
 from leadline.model.linear import Linear, Norm, linear_fp32
 from leadline.model.mtp import MTPBlock
@@ -39,10 +40,20 @@ class Output:
     signals: list[BlockSignals]
 
 
+@dataclass(frozen=True)
+class DraftBlocks:
+    """What the draft stages say of B tokens behind each of N sequences. h_NBD: for the confidence head. logits_NBV:
+    FP32, still without the Markov head's part, which depends on the guesses."""
+
+    h_NBD: Tensor
+    logits_NBV: Tensor
+
+
 class Transformer(nn.Module):
     """DeepSeek-V4. Parameters are allocated, not initialised: load weights, or call `init.initialize`.
 
-    with_mtp: whether the MTP blocks exist; they are needed for training and speculation only.
+    with_mtp: whether the MTP blocks exist, or the draft stages where the configuration has them in their place; the
+    former are needed for training and speculation only, the latter for speculation only.
     """
 
     def __init__(self, config: ModelConfig, *, cache_format: CacheFormat = EXACT, with_mtp: bool = True):
@@ -55,13 +66,14 @@ class Transformer(nn.Module):
         self.hc_head = StreamHead(config)
         self.norm = Norm(config.hidden_size)
         self.head = Linear(config.hidden_size, config.vocab_size)
-        self.mtp = nn.ModuleList(MTPBlock(config) for _ in range(config.num_nextn_predict_layers if with_mtp else 0))
+        self.mtp = _extra_blocks(config) if with_mtp else nn.ModuleList()
 
     def forward(self, segment: Segment, state: State | None = None, training: Training | None = None) -> Output:
-        """Streams after the last block for the segment's tokens. The state, when given, is updated in place."""
+        """Streams after the last block for the segment's tokens. The state, when given, is updated in place, with the
+        windows of the draft stages if there are some."""
         index = self.index(segment, state)
         x_TSD = spread(self.embed(segment.tokens_T), self.config.hc_mult)
-        signals = []
+        signals, targets = [], []
         for number, block in enumerate(self.layers):
             layer_state = None if state is None else state.layers[number]
             arguments = (x_TSD, index, layer_state, self.cache_format, training)
@@ -71,6 +83,10 @@ class Transformer(nn.Module):
                 x_TSD, block_signals = block(*arguments)
             if block_signals is not None:
                 signals.append(block_signals)
+            if self.dspark and state is not None and number in self.dspark.config.target_layer_ids:
+                targets.append(x_TSD[index.ring.keep_new].mean(1))
+        if self.dspark and state is not None:
+            self.dspark.take_in(torch.cat(targets, dim=-1), index, state.mtp, self.cache_format)
         return Output(x_TSD, index, signals)
 
     def index(self, segment: Segment, state: State | None) -> SegmentIndex:
@@ -102,11 +118,37 @@ class Transformer(nn.Module):
         """FP32 logits [T, V]."""
         return linear_fp32(hidden_TD, self.head.weight)
 
+    @property
+    def dspark(self) -> DSpark | None:
+        """The draft stages, if there are some."""
+        return self.mtp if isinstance(self.mtp, DSpark) else None
+
+    def draft(self, anchors: Segment, state: State) -> DraftBlocks:
+        """The draft stages' guesses of the tokens that follow some sequences.
+
+        anchors: one token of each, the one behind the last that the state has taken in. Of the state, only spare rows
+        of the stages' windows change.
+        """
+        stages = self.dspark
+        if stages is None:
+            raise ValueError("this model was built without draft stages")
+        if state.spare_tokens < stages.config.block_size:
+            raise ValueError(
+                f"the state has {state.spare_tokens} spare tokens, a block of drafts takes {stages.config.block_size}: "
+                "build it with as many"
+            )
+        segment = stages.block(anchors)
+        index = SegmentIndex(segment, self.config, state.layout, self.rotary, draft_block=True)
+        h_NBD = stages(self.embed(segment.tokens_T), index, state.mtp, self.cache_format)
+        return DraftBlocks(h_NBD, self.logits(stages.hidden(h_NBD)))
+
     def predict_second(
         self, output: Output, next_tokens_T: Tensor, state: State | None = None, training: Training | None = None
     ) -> tuple[Tensor, BlockSignals | None]:
         """The MTP block: hidden [T, D] whose logits predict the token after `next_tokens_T`. Call it right after
         `forward` with the same segment, so that its window state moves in step with the trunk's."""
+        if self.dspark:
+            raise ValueError("this model has draft stages in the place of its MTP block: build it with_mtp=False")
         if not self.mtp:
             raise ValueError("this model was built without its MTP block")
         block = self.mtp[0]
@@ -115,6 +157,12 @@ class Transformer(nn.Module):
         return block.predict(
             output.streams_TSD, self.embed(next_tokens_T), output.index, layer_state, self.cache_format, training
         )
+
+
+def _extra_blocks(config: ModelConfig) -> nn.ModuleList:
+    if config.has_draft_stages:
+        return DSpark(config)
+    return nn.ModuleList(MTPBlock(config) for _ in range(config.num_nextn_predict_layers))
 
 
 def _table(config: ModelConfig) -> Tensor:

@@ -40,6 +40,7 @@ RULES = (
     Rule("*.ffn.experts.w[123]", "fp4", "nearly all of the bytes"),
     Rule("mtp.*.e_proj.weight", "fp8", "into the extra block"),
     Rule("mtp.*.h_proj.weight", "fp8", "into the extra block"),
+    Rule("mtp.*.main_proj.weight", "fp8", "into the draft stages"),
 )
 
 

@@ -34,12 +34,10 @@ def load_checkpoint(
     """Build the model of a folder's `config.json` on `device` and load its weights.
 
     dtype: of the weights (the few that the release keeps in float32 stay so); None: as the files have them, FP8 and FP4
-    too, which makes load(save(model)) bitwise. with_mtp: whether to build and load the MTP blocks; False leaves `mtp.*`
-    of the folder unread. They are unread too where they are the draft stages of the DSpark refresh, which the model has
-    not. Errors: ConfigError, and those of `load_weights`.
+    too, which makes load(save(model)) bitwise. with_mtp: whether to build and load the MTP blocks, or the draft stages
+    of the DSpark refresh; False leaves `mtp.*` of the folder unread. Errors: ConfigError, and those of `load_weights`.
     """
     config = ModelConfig.from_file(folder)
-    with_mtp = with_mtp and not config.has_draft_stages
     with torch.device("meta"):
         model = Transformer(config, with_mtp=with_mtp)
     load_weights(model, folder, dtype=dtype, device=device, ignore_mtp=not with_mtp)

@@ -12,8 +12,8 @@ Three namings are in use:
 Our model has the official names, except that the experts of a layer are stacked ([E, ...]) and that a hyper-connection
 is a module (`hc_attn.fn` for `hc_attn_fn`).
 
-The refresh of June 2026 (DSpark) puts three draft stages in the place of the MTP block, `mtp.0` to `mtp.2`. Files may
-hold them, and they are converted and compared like the rest; our model has no such stages.
+The refresh of June 2026 (DSpark) puts three draft stages in the place of the MTP block, `mtp.0` to `mtp.2`
+(`model/dspark.py`).
 
 A quantised tensor has its scales beside it (`stored.py`): the official `X.weight` has `X.scale`, transformers' `NAME`
 has `NAME_scale_inv`.

@@ -300,13 +300,34 @@ def test_experts_too_uneven_for_eight_bits_are_named(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "model")
 
 
-def test_draft_stages_are_left_unread(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("format", "naming"),
+    [("fp4", "official"), ("fp8", "official"), ("bf16", "official"), ("fp4", "transformers"), ("bf16", "transformers")],
+)
+def test_draft_stages_come_and_go_to_the_bit(tmp_path: Path, format: str, naming: str) -> None:
+    made, again = tmp_path / "made", tmp_path / "again"
+    make_checkpoint(made, few_layers(TINY, 4, draft_stages=True), format)
+    model = load_checkpoint(made)
+    assert model.dspark is not None
+    save_checkpoint(model, model.config, again, naming=naming)
+    stages = [{name for name in StoredReader(folder).entries if name.startswith("mtp.")} for folder in (made, again)]
+    assert stages[0] == stages[1]
+    theirs = load_checkpoint(again)
+    assert theirs.config.extra == model.config.extra
+    found, wanted = theirs.state_dict(), model.state_dict()
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def test_draft_stages_are_left_unread_if_asked(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "model", few_layers(TINY, 4, draft_stages=True), "fp4")
-    model = load_checkpoint(tmp_path / "model")
+    model = load_checkpoint(tmp_path / "model", with_mtp=False)
     assert model.config.has_draft_stages
     assert not model.mtp
     with pytest.raises(CheckpointError, match=r"lacks mtp\.0\.e_proj\.weight"):
-        load_weights(Transformer(model.config), tmp_path / "model")
+        load_weights(Transformer(model.config.replace(extra={}, num_nextn_predict_layers=1)), tmp_path / "model")
 
 
 def test_foreign_checkpoint_is_recognised(tmp_path: Path, build_model: Build) -> None:

@@ -120,7 +120,7 @@ def one_plain_expert(tensors: dict[str, Tensor]) -> None:
             {"quantization_config": None},
             "config.json announces plain linear maps, layers.0.attn.wq_a.weight is fp8",
         ),
-        (len, {"dspark_block_size": 5}, "'dspark_target_layer_ids' and 'dspark_markov_rank': must be"),
+        (len, {"dspark_block_size": 5}, "config field 'dspark_target_layer_ids' = None: must be a list of layers"),
         (len, {"num_hash_layers": 2}, "layers.1.ffn.gate.tid2eid [256, 2] is missing"),
     ],
     ids=["missing", "surplus", "shape", "experts", "mixed", "expert dtype", "plain", "plain maps", "dspark", "hash"],
