@@ -10,9 +10,9 @@ that begin. Between two steps everything is settled: each sequence's tokens, how
 and who holds which page; requests come, go and are cancelled there. A pass that fails changes nothing that was said:
 the sequences in it give up their state and compute it again.
 
-With `speculate`, the MTP block guesses the token after the next in the same step, and the guess is fed together with
-that token. When the guess is wrong, nothing has to be undone: the rows that it wrote in rings and pages are exactly
-those that the right token will overwrite, and no query looks at them before.
+With `speculate`, the MTP block or the draft stages guess tokens to come (`drafter.py`), and the guesses are fed
+together with the last token that is known. When a guess is wrong, nothing has to be undone: the rows that it wrote in
+rings and pages are exactly those that the right tokens will overwrite, and no query looks at them before.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from leadline.engine.disk import DiskCache
+from leadline.engine.drafter import Drafter, drafter_of
 from leadline.engine.memory import Memory
 from leadline.engine.prefix import PERIODIC, WindowPolicy
 from leadline.engine.request import Request, RequestError
 from leadline.engine.runner import Piece, Runner
-from leadline.engine.sampler import Draw, NonFiniteLogitsError, draw
-from leadline.engine.scheduler import Candidate, Plan, Share, plan
+from leadline.engine.sampler import draw, draw_of
+from leadline.engine.scheduler import Candidate, Plan, Share, admit_drafts, plan
 from leadline.engine.sequence import Event, Finish, Sequence, Token, Usage
 from leadline.model.page_table import PAGE_TOKENS
 from leadline.model.state import State
-from leadline.model.transformer import Output, Transformer
+from leadline.model.transformer import Transformer
 from leadline.ops.invariance import batch_invariant
 
 
@@ -44,8 +46,10 @@ class Settings:
     slots: most sequences that run at once. pages: of 128 tokens each, for the entries of all of them and of the prefix
     cache. max_tokens: most tokens of one sequence, prompt and output; None: as many as the pages hold, and no more than
     the model's context. step_tokens: most tokens of a step. block_bytes: most memory for the fixed blocks of the prefix
-    cache. speculate: guess with the MTP block. batch_invariant: a sequence's logits are the same bits whatever else is
-    served and however its prompt is cut or cached (`ops/invariance.py`); slower, and on the CPU only.
+    cache. speculate: guess with the MTP block or the draft stages, whichever the model has. draft_cost: what a token
+    adds to the time of a step, relative to a step without any; the higher, the surer a guess of the draft stages has to
+    be (`admit_drafts`). batch_invariant: a sequence's logits are the same bits whatever else is served and however its
+    prompt is cut or cached (`ops/invariance.py`); slower, and on the CPU only.
     """
 
     slots: int = 8
@@ -55,6 +59,7 @@ class Settings:
     policy: WindowPolicy = PERIODIC
     block_bytes: int = 2**30
     speculate: bool = False
+    draft_cost: float = 0.0
     batch_invariant: bool = False
 
 
@@ -62,8 +67,8 @@ class Engine:
     """Serves one model. disk: where the prefix cache outlives the process. Not thread safe: one thread calls it."""
 
     def __init__(self, model: Transformer, settings: Settings, disk: DiskCache | None = None):
-        if settings.speculate and not model.mtp:
-            raise ValueError("speculation needs the MTP block: build the model with_mtp=True")
+        if not 0.0 <= settings.draft_cost < float("inf"):
+            raise ValueError(f"draft_cost is {settings.draft_cost}: expected 0 or more")
         if settings.batch_invariant and model.embed.weight.is_cuda:
             raise ValueError("batch_invariant holds for the CPU: move the model there, or serve without it")
         if settings.step_tokens < PAGE_TOKENS:
@@ -72,12 +77,13 @@ class Engine:
         self.settings = settings
         most = min(settings.pages * PAGE_TOKENS, config.max_position_embeddings)
         self.max_tokens = min(settings.max_tokens or most, most)
+        self.drafter: Drafter | None = drafter_of(model) if settings.speculate else None
         state = State(
             config,
             settings.slots + 1,  # one for the padding of captured steps
             pages=settings.pages,
             max_tokens=self.max_tokens,
-            spare_tokens=int(settings.speculate),
+            spare_tokens=self.drafter.length if self.drafter else 0,
             cache_format=model.cache_format,
             dtype=weight.dtype,
             device=weight.device,
@@ -92,6 +98,8 @@ class Engine:
         self._next_number = 0
         self.num_preempted = 0
         """How often a sequence had to give up its state and compute it again."""
+        self.num_damaged_drafts = 0
+        """How often NaN in the drafter's logits cut a guess short."""
 
     # -- requests come and go --------------------------------------------------------------------------------------
 
@@ -111,7 +119,7 @@ class Engine:
                 f"the prompt has {len(request.prompt):,} tokens: at most {self.max_tokens - 1:,} fit, and one of output"
             )
         request = replace(request, max_tokens=min(request.max_tokens, self.max_tokens - len(request.prompt)))
-        sequence = Sequence(self._next_number, request)
+        sequence = Sequence(self._next_number, request, self.drafter.name if self.drafter else "")
         self._next_number += 1
         self.waiting.append(sequence)
         return sequence.number
@@ -162,7 +170,8 @@ class Engine:
 
     def _plan(self) -> list[tuple[Sequence, Share]]:
         by_number = {sequence.number: sequence for sequence in self.running}
-        candidates = [self._candidate(sequence) for sequence in self.running]
+        drafts = self._admitted_drafts()
+        candidates = [self._candidate(sequence, drafts.get(sequence.number, 0)) for sequence in self.running]
         chosen = self._planned(candidates)
         for number in chosen.preempted:
             self._preempt(by_number[number])
@@ -182,14 +191,21 @@ class Engine:
         free_pages = self.memory.pool.num_free
         return plan(candidates, step_tokens=self.step_tokens, free_pages=free_pages, page_tokens=PAGE_TOKENS)
 
-    def _candidate(self, sequence: Sequence) -> Candidate:
-        cut = self.memory.cut(sequence)
-        drafts = int(sequence.draft is not None and sequence.seen + 1 != cut and sequence.may_draft)
-        if len(sequence.tokens) + 1 >= self.max_tokens:
-            drafts = 0
-        return Candidate(
-            sequence.number, sequence.order, sequence.seen, sequence.pending, drafts, len(sequence.pages), cut
-        )
+    def _candidate(self, sequence: Sequence, drafts: int) -> Candidate:
+        cut, pages = self.memory.cut(sequence), len(sequence.pages)
+        return Candidate(sequence.number, sequence.order, sequence.seen, sequence.pending, drafts, pages, cut)
+
+    def _admitted_drafts(self) -> dict[int, int]:
+        """How many drafts of each sequence are verified in the next step: those that are worth their time, and do not
+        run over a place where the state has to be kept."""
+        decoding = [sequence for sequence in self.running if sequence.pending == 1]
+        useful: list[tuple[float, ...]] = []
+        for sequence in decoding:
+            cut, most = self.memory.cut(sequence), sequence.most_drafts
+            most = most if cut is None else min(most, cut - sequence.seen - 1)
+            useful.append(sequence.survival[:most])
+        admitted = admit_drafts(useful, self.settings.draft_cost)
+        return {sequence.number: count for sequence, count in zip(decoding, admitted, strict=True)}
 
     def _step_length(self, sequence: Sequence, share: Share) -> int:
         """Tokens and drafts of a decoding step, 0 for a chunk."""
@@ -201,82 +217,38 @@ class Engine:
         pieces = [_piece(sequence, share) for sequence, share in shares]
         output, logits_NV = self.runner.run(pieces, step)
         sampling = [(s, share) for (s, share), piece in zip(shares, pieces, strict=True) if piece.wanted]
-        drawn = self._draw(sampling, logits_NV)
+        drawn = _draw(sampling, logits_NV)
         for sequence, share in shares:
             self._commit(sequence, share, drawn.get(sequence.number, []))
-        if self.settings.speculate:
-            self._draft(output, shares, pieces, drawn)
+        if self.drafter is not None:
+            fed = [(sequence, piece) for (sequence, _), piece in zip(shares, pieces, strict=True)]
+            for sequence, guess in self.drafter.guess(self.runner, output, fed):
+                sequence.propose(guess.tokens, guess.survival)
+                self.num_damaged_drafts += guess.damaged
         for sequence, _ in shares:
             if sequence.slot is not None:
                 self.memory.settle(sequence)
 
-    # -- sample ----------------------------------------------------------------------------------------------------
-
-    def _draw(self, sampling: list[tuple[Sequence, Share]], logits_NV: torch.Tensor) -> dict[int, list[Token]]:
-        """The tokens of each sequence that has some due: one, and a second when the draft turned out right."""
-        owners = [(sequence, row) for sequence, share in sampling for row in range(1 + share.drafts)]
-        good = list(range(len(owners)))
-        tokens: list[Token] = []
-        while good:
-            draws = [_draw_of(*owners[row]) for row in good]
-            try:
-                tokens = draw(logits_NV[good], draws)
-                break
-            except NonFiniteLogitsError as error:
-                bad = {owners[good[row]][0].number for row in error.rows}
-                for sequence in {owners[row][0].number: owners[row][0] for row in good}.values():
-                    if sequence.number in bad:
-                        self._end(sequence, Finish.ERROR, str(error))
-                good = [row for row in good if owners[row][0].number not in bad]
-        drawn: dict[int, list[Token]] = {}
-        for row, token in zip(good, tokens, strict=True):
-            sequence, place = owners[row]
-            if place == 0 or drawn[sequence.number][0].id == sequence.draft:
-                drawn.setdefault(sequence.number, []).append(token)
-        return drawn
-
-    def _commit(self, sequence: Sequence, share: Share, tokens: list[Token]) -> None:
-        """Take in what the pass did for a sequence: `tokens` were drawn, the first of them or none."""
-        if sequence.slot is None:
-            return  # it has ended with an error
-        sequence.seen += share.tokens
-        sequence.drafted += share.drafts
-        sequence.draft = None
+    def _commit(self, sequence: Sequence, share: Share, drawn: list[Token | None]) -> None:
+        """Take in what the pass did for a sequence. drawn: a token for each draft that was right and one more, the last
+        of them None if its logits were damaged; none inside of a prompt."""
+        right = max(0, len(drawn) - 1)
+        sequence.seen += share.tokens + right
         emitted: list[Token] = []
-        for token in tokens:
-            finish = sequence.append(token.id)
-            emitted.append(token)
+        finish = error = None
+        for token in drawn:
+            if token is None:
+                finish, error = Finish.ERROR, "the logits hold NaN: weights or state are damaged"
+            else:
+                finish = sequence.append(token.id)
+                emitted.append(token)
             if finish is not None:
-                self._emit(sequence, emitted)
-                self._end(sequence, finish)
-                return
-        if len(tokens) == 2:
-            sequence.seen += 1
-            sequence.accepted += 1
+                break
+        sequence.count_drafts(share.drafts, min(right, len(emitted)))
+        sequence.propose((), ())
         self._emit(sequence, emitted)
-
-    def _draft(
-        self,
-        output: Output,
-        shares: list[tuple[Sequence, Share]],
-        pieces: list[Piece],
-        drawn: dict[int, list[Token]],
-    ) -> None:
-        """Guess the token after the next of each sequence that is decoding now."""
-        next_tokens: list[int] = []
-        guessing: list[tuple[Sequence, int]] = []
-        for (sequence, share), piece in zip(shares, pieces, strict=True):
-            start = len(next_tokens)
-            tokens = drawn.get(sequence.number, [])
-            next_tokens += _next_tokens(sequence, share, piece.tokens, tokens)
-            if tokens and sequence.slot is not None:
-                guessing.append((sequence, start + share.tokens - 1 + len(tokens) - 1))
-        logits_NV = self.runner.draft(output, next_tokens, [row for _, row in guessing])
-        draws = [_draw_of(sequence, 0) for sequence, _ in guessing]
-        draws = [replace(one, sampling=replace(one.sampling, logprobs=None)) for one in draws]
-        # The guess stands one place behind the last token; penalties and noise are those of its own place.
-        for (sequence, _), guess in zip(guessing, draw(logits_NV, draws), strict=True):
-            sequence.draft = guess.id
+        if finish is not None:
+            self._end(sequence, finish, error)
 
     # -- come and go -----------------------------------------------------------------------------------------------
 
@@ -321,40 +293,24 @@ class Engine:
 
 def _piece(sequence: Sequence, share: Share) -> Piece:
     assert sequence.slot is not None
-    tokens = sequence.tokens[sequence.seen : sequence.seen + share.tokens]
-    if share.drafts:
-        assert sequence.draft is not None
-        tokens.append(sequence.draft)
+    known = sequence.tokens[sequence.seen : sequence.seen + share.tokens]
     due = share.tokens == sequence.pending
-    return Piece(tuple(tokens), sequence.seen, sequence.slot, 1 + share.drafts if due else 0)
+    tokens = (*known, *sequence.drafts[: share.drafts])
+    return Piece(tokens, sequence.seen, sequence.slot, 1 + share.drafts if due else 0)
 
 
-def _draw_of(sequence: Sequence, place: int) -> Draw:
-    """The draw of the sequence's next token, or of the one after it, for the case that the draft is that next token."""
-    counts = sequence.output_counts
-    if place:
-        assert sequence.draft is not None
-        counts = counts + type(counts)([sequence.draft])
-    request = sequence.request
-    return Draw(
-        request.sampling,
-        len(sequence.tokens) + place,
-        request.prompt if request.sampling.penalises else (),
-        dict(counts),
-        request.mask.allowed() if request.mask is not None else None,
-        sequence.forced() if place == 0 else None,
-    )
+def _draw(sampling: list[tuple[Sequence, Share]], logits_NV: Tensor) -> dict[int, list[Token | None]]:
+    """The tokens of each sequence that has some due: one, and another behind each draft that turned out right."""
+    owners = [(sequence, place) for sequence, share in sampling for place in range(1 + share.drafts)]
+    drawn: dict[int, list[Token | None]] = {}
+    if not owners:
+        return drawn
+    for (sequence, place), token in zip(owners, draw(logits_NV, [draw_of(*owner) for owner in owners]), strict=True):
+        before = drawn.setdefault(sequence.number, [])
+        if len(before) == place and (place == 0 or _id(before[-1]) == sequence.drafts[place - 1]):
+            before.append(token)
+    return drawn
 
 
-def _next_tokens(sequence: Sequence, share: Share, fed: tuple[int, ...], drawn: list[Token]) -> list[int]:
-    """For each row that was fed, the token that follows it: fed behind it, known from the prompt, or drawn."""
-    follows = list(fed[1:])
-    if share.drafts and drawn:
-        follows[-1] = drawn[0].id
-    if len(drawn) == 2:
-        last = drawn[1].id
-    elif drawn:
-        last = drawn[0].id
-    else:  # a chunk inside of the prompt; of a sequence that has failed any token will do
-        last = sequence.tokens[sequence.seen] if sequence.seen < len(sequence.tokens) else fed[-1]
-    return [*follows, last]
+def _id(token: Token | None) -> int | None:
+    return None if token is None else token.id

@@ -16,10 +16,13 @@ class GenerationError(ValueError):
     """The engine gave a sequence up; the message says why."""
 
 
-def engine_for(model: Transformer, tokens: int, *, step_tokens: int = 512, speculate: bool = False) -> Engine:
+def engine_for(
+    model: Transformer, tokens: int, *, step_tokens: int = 512, speculate: bool = False, draft_cost: float = 0.0
+) -> Engine:
     """An engine for one sequence of so many tokens, prompt and output."""
     pages = pages_for(tokens + 1, PAGE_TOKENS)
-    return Engine(model, Settings(slots=1, pages=pages, step_tokens=step_tokens, speculate=speculate))
+    settings = Settings(slots=1, pages=pages, step_tokens=step_tokens, speculate=speculate, draft_cost=draft_cost)
+    return Engine(model, settings)
 
 
 def events(engine: Engine, request: Request) -> Iterator[Event]:

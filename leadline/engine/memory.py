@@ -76,7 +76,8 @@ class Memory:
             self.state.release(sequence.slot)
             self._free_slots.append(sequence.slot)
         self.pool.release(sequence.pages)
-        sequence.slot, sequence.pages, sequence.node, sequence.draft = None, [], None, None
+        sequence.slot, sequence.pages, sequence.node = None, [], None
+        sequence.propose((), ())
         sequence.seen = sequence.written = 0
 
     def cut(self, sequence: Sequence) -> int | None:

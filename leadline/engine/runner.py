@@ -11,7 +11,7 @@ from torch import Tensor
 from leadline.engine.graph import StepGraphs
 from leadline.model.segment import Segment
 from leadline.model.state import State
-from leadline.model.transformer import Output, Transformer
+from leadline.model.transformer import DraftBlocks, Output, Transformer
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,17 @@ class Runner:
         next_T = self._rows([*next_tokens, *[0] * padding])
         hidden_TD, _ = self.model.predict_second(output, next_T, self.state)
         return self.model.logits(hidden_TD[self._rows(rows)])
+
+    @torch.no_grad()
+    def draft_blocks(self, anchors: ListOf[Piece]) -> DraftBlocks:
+        """What the draft stages say behind the last token of each sequence, which the state has not taken in."""
+        segment = Segment.of(
+            *(anchor.tokens for anchor in anchors),
+            past=[anchor.past for anchor in anchors],
+            slots=[anchor.slot for anchor in anchors],
+            device=self.device,
+        )
+        return self.model.draft(segment, self.state)
 
     def _rows(self, rows: ListOf[int]) -> Tensor:
         return torch.tensor(rows, dtype=torch.int64).to(self.device)

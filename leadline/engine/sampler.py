@@ -4,12 +4,14 @@ A token is drawn with the Gumbel trick: id = argmax(log p + g) with g = -log(-lo
 of a token comes from its sequence's seed and its position alone. So a sequence says the same whatever else is in the
 batch, a preempted one goes on as it would have, and speculation is lossless in the strictest sense: a draft is right
 exactly when it is the token that would have been drawn. The draft is drawn with the same noise, which makes agreement
-as likely as it can cheaply be made.
+as likely as it can cheaply be made (`propose`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from leadline.engine.request import Sampling
-from leadline.engine.sequence import Token
+from leadline.engine.sequence import Sequence, Token
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,57 @@ class Draw:
     forced: int | None = None
 
 
-def draw(logits_NV: Tensor, draws: Sequence[Draw]) -> list[Token]:
-    """One token for each row of FP32 logits [N, V]. The logits are not changed. A row that holds NaN raises."""
+def draw_of(sequence: Sequence, place: int) -> Draw:
+    """The draw of a sequence's next token, or of the one `place` behind it, for the case that its drafts up to there
+    are right."""
+    request, output = sequence.request, None
+    if request.sampling.penalises:
+        output = dict(sequence.output_counts + Counter(sequence.drafts[:place]))
+    return Draw(
+        request.sampling,
+        len(sequence.tokens) + place,
+        request.prompt if request.sampling.penalises else (),
+        output,
+        request.mask.allowed() if request.mask is not None else None,
+        sequence.forced() if place == 0 else None,
+    )
+
+
+def draw(logits_NV: Tensor, draws: ListOf[Draw]) -> list[Token | None]:
+    """One token for each row of FP32 logits [N, V], None for a row that holds NaN. The logits are not changed."""
+    ids_N = _scores(logits_NV, draws).argmax(-1)
+    finite_N = ~logits_NV.isnan().any(-1)
+    drawn, finite = _lists(torch.stack([ids_N, finite_N.long()]))  # one wait for the device
+    ids = [id_ if one.forced is None else one.forced for id_, one in zip(drawn, draws, strict=True)]
+    return [token if fine else None for token, fine in zip(_tokens(ids, logits_NV, draws), finite, strict=True)]
+
+
+def propose(
+    logits_NBV: Tensor,
+    draws: ListOf[ListOf[Draw]],
+    previous_N: Tensor | None = None,
+    bias: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Drafts of B tokens for each of N sequences, from left to right, each drawn as `draw` would draw it: ids [N, B],
+    and whether their logits were free of NaN, bool [N, B]. The device is not waited for.
+
+    logits_NBV: FP32. draws: B of each sequence. bias: what the token before each draft adds to its logits, FP32 [N, V];
+    previous_N: the token before the first.
+    """
+    ids: list[Tensor] = []
+    finite: list[Tensor] = []
+    for place in range(logits_NBV.shape[1]):
+        logits_NV = logits_NBV[:, place]
+        if bias is not None and previous_N is not None:
+            logits_NV = logits_NV + bias(previous_N)
+        previous_N = _scores(logits_NV, [row[place] for row in draws]).argmax(-1)
+        ids.append(previous_N)
+        finite.append(~logits_NV.isnan().any(-1))
+    return torch.stack(ids, dim=1), torch.stack(finite, dim=1)
+
+
+def _scores(logits_NV: Tensor, draws: ListOf[Draw]) -> Tensor:
+    """What the tokens are ranked by: the logits, shaped as the draws ask, with their noise."""
     scores_NV = logits_NV.clone()
     for row, one in enumerate(draws):
         _adjust(scores_NV[row], one)
@@ -50,21 +101,7 @@ def draw(logits_NV: Tensor, draws: Sequence[Draw]) -> list[Token]:
     for row, one in enumerate(draws):
         if not one.sampling.greedy:
             scores_NV[row] += gumbel(one.sampling.seed, one.position, scores_NV.shape[1], scores_NV.device)
-    ids_N = scores_NV.argmax(-1)
-    finite_N = ~logits_NV.isnan().any(-1)
-    drawn, finite = _lists(torch.stack([ids_N, finite_N.long()]))  # one wait for the device
-    if not all(finite):
-        raise NonFiniteLogitsError([row for row, fine in enumerate(finite) if not fine])
-    ids = [id_ if one.forced is None else one.forced for id_, one in zip(drawn, draws, strict=True)]
-    return _tokens(ids, logits_NV, draws)
-
-
-class NonFiniteLogitsError(ValueError):
-    """Logits with NaN; `rows` says which."""
-
-    def __init__(self, rows: list[int]):
-        super().__init__(f"the logits of rows {rows} hold NaN: weights or state are damaged")
-        self.rows = rows
+    return scores_NV
 
 
 def gumbel(seed: int, position: int, size: int, device: torch.device) -> Tensor:
@@ -95,12 +132,12 @@ def _adjust(scores_V: Tensor, one: Draw) -> None:
         scores_V.masked_fill_(~one.allowed.to(scores_V.device), -torch.inf)
 
 
-def _tempered(scores_NV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+def _tempered(scores_NV: Tensor, samplings: ListOf[Sampling]) -> Tensor:
     temperature_N1 = torch.tensor([[s.temperature] for s in samplings], device=scores_NV.device)
     return torch.log_softmax(scores_NV / temperature_N1, -1)
 
 
-def _truncate(log_p_NV: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> Tensor:
+def _truncate(log_p_NV: Tensor, draws: ListOf[Draw], rows: ListOf[int]) -> Tensor:
     """-inf for the tokens that top-k, top-p or min-p leave out. Equal tokens are kept in the order of their ids."""
     samplings = [draws[row].sampling for row in rows]
     ranked_NV, ids_NV = log_p_NV.sort(dim=-1, descending=True, stable=True)
@@ -120,7 +157,7 @@ def _lists(rows: Tensor) -> list[list[int]]:
     return cast("list[list[int]]", rows.tolist())  # pyright: ignore[reportUnknownMemberType]
 
 
-def _tokens(ids: list[int], logits_NV: Tensor, draws: Sequence[Draw]) -> list[Token]:
+def _tokens(ids: list[int], logits_NV: Tensor, draws: ListOf[Draw]) -> list[Token]:
     tokens = [Token(id_) for id_ in ids]
     rows = [row for row, one in enumerate(draws) if one.sampling.logprobs is not None]
     if not rows:

@@ -62,11 +62,11 @@ def plan(running: Sequence[Candidate], *, step_tokens: int, free_pages: int, pag
     for candidate in [c for c in ranked if c.pending == 1]:
         if candidate in preempted:
             continue
-        tokens = 1 + candidate.drafts
-        if tokens > room:
-            tokens = 1
-        if tokens > room:
+        if room < 1:
             break
+        tokens = min(1 + candidate.drafts, room)
+        if _new_pages(candidate, tokens, page_tokens) > free_pages:
+            tokens = 1  # nobody gives way for a guess
         needed = _new_pages(candidate, tokens, page_tokens)
         while needed > free_pages:
             loser = next(c for c in reversed(ranked) if c not in preempted)
@@ -83,6 +83,29 @@ def plan(running: Sequence[Candidate], *, step_tokens: int, free_pages: int, pag
     shares = [share for share in shares if share.number not in lost]
     prompts = [c for c in ranked if c.pending > 1 and c not in preempted]
     return Plan((*shares, *_prompt_shares(prompts, room, page_tokens)), tuple(c.number for c in preempted))
+
+
+def admit_drafts(survival: Sequence[Sequence[float]], token_cost: float) -> list[int]:
+    """How many of each decoding sequence's drafts to verify in a step (DSpark paper 3.2.2).
+
+    A draft brings a token with its survival's probability, and makes the step longer. The likeliest go first, whoever
+    has them, as long as the tokens to be expected per second rise:
+
+        (R + sum of survivals) * steps per second,     steps per second ~ 1 / (1 + token_cost B)
+
+    with R sequences and B tokens in the step. survival: of each sequence's drafts, never rising. token_cost: what a
+    token adds to the time of a step, relative to what a step takes without any; 0 admits whatever can survive.
+    """
+    expected = float(len(survival))
+    tokens, admitted = len(survival), [0] * len(survival)
+    ranked = sorted(((chance, number) for number, run in enumerate(survival) for chance in run), key=lambda x: -x[0])
+    for chance, number in ranked:
+        if chance * (1 + token_cost * tokens) <= expected * token_cost:
+            break  # (expected + chance) / (1 + cost (B + 1)) is no more than expected / (1 + cost B)
+        expected += chance
+        tokens += 1
+        admitted[number] += 1
+    return admitted
 
 
 def _prompt_shares(prompts: Sequence[Candidate], room: int, page_tokens: int) -> list[Share]:

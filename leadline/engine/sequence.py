@@ -42,13 +42,23 @@ class Event:
 @dataclass(frozen=True)
 class Usage:
     """Tokens of a sequence. cached_tokens: of the prompt, taken from the prefix cache when it was first admitted.
-    drafted, accepted: guesses that were verified, and those that were right."""
+    drafted, accepted: guesses that were verified, and those that were right, by their place behind the known tokens;
+    drafter: who made them."""
 
     prompt_tokens: int
     output_tokens: int
     cached_tokens: int
-    drafted: int
-    accepted: int
+    drafted: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()
+    drafter: str = ""
+
+    @property
+    def num_drafted(self) -> int:
+        return sum(self.drafted)
+
+    @property
+    def num_accepted(self) -> int:
+        return sum(self.accepted)
 
 
 @dataclass
@@ -56,22 +66,25 @@ class Sequence:
     """A request and its life.
 
     tokens: prompt and output. seen: how many of them the state in `slot` has taken in. written: tokens whose entries
-    are in their pages already and must not be written again. pages: page numbers that hold its entries. draft: a guess
-    of the token after the last one. node: where its full pages end in the prefix cache.
+    are in their pages already and must not be written again. pages: page numbers that hold its entries. drafts: guesses
+    of the tokens after the last one, not verified yet; survival: how likely each and those before it are right. node:
+    where its full pages end in the prefix cache. drafted, accepted, drafter: as in `Usage`.
     """
 
     number: int
     request: Request
+    drafter: str = ""
     tokens: list[int] = field(init=False)
     seen: int = 0
     written: int = 0
     slot: int | None = None
     pages: list[int] = field(default_factory=list[int])
-    draft: int | None = None
+    drafts: tuple[int, ...] = ()
+    survival: tuple[float, ...] = ()
     node: Node | None = None
     cached_tokens: int | None = None
-    drafted: int = 0
-    accepted: int = 0
+    drafted: list[int] = field(default_factory=list[int])
+    accepted: list[int] = field(default_factory=list[int])
     output_counts: Counter[int] = field(default_factory=Counter[int])
     thinking_ended: bool = False
 
@@ -98,7 +111,8 @@ class Sequence:
 
     @property
     def usage(self) -> Usage:
-        return Usage(len(self.request.prompt), self.num_output, self.cached_tokens or 0, self.drafted, self.accepted)
+        drafts = tuple(self.drafted), tuple(self.accepted), self.drafter
+        return Usage(len(self.request.prompt), self.num_output, self.cached_tokens or 0, *drafts)
 
     def forced(self) -> int | None:
         """The token that must come next because the thinking budget is spent; None when the model is free."""
@@ -108,12 +122,29 @@ class Sequence:
         return budget.end_token
 
     @property
-    def may_draft(self) -> bool:
-        """Whether the token after the next can be drawn before the next is known to be the draft: not under a grammar,
-        and not where the thinking budget is about to speak."""
-        budget = self.request.thinking
-        spent = budget is not None and not self.thinking_ended and self.num_output + 1 >= budget.tokens
-        return self.request.mask is None and not spent
+    def most_drafts(self) -> int:
+        """How many drafts can be of use: as many as tokens can be drawn before those before them are known to be the
+        drafts. None under a grammar, none that the thinking budget would have a word about, and never all the tokens
+        that may still come: one is drawn in any case."""
+        if self.request.mask is not None:
+            return 0
+        left, budget = self.request.max_tokens - self.num_output, self.request.thinking
+        if budget is not None and not self.thinking_ended:
+            left = min(left, budget.tokens - self.num_output)
+        return max(0, left - 1)
+
+    def propose(self, drafts: tuple[int, ...], survival: tuple[float, ...]) -> None:
+        """Put drafts in the place of those there were."""
+        self.drafts, self.survival = drafts, survival
+
+    def count_drafts(self, verified: int, right: int) -> None:
+        """Remember that so many drafts were verified, and that the first `right` of them became output."""
+        missing = [0] * (verified - len(self.drafted))
+        self.drafted += missing
+        self.accepted += missing
+        for place in range(verified):
+            self.drafted[place] += 1
+            self.accepted[place] += place < right
 
     def append(self, token: int) -> Finish | None:
         """Add a token of the output; returns why the sequence ends with it, if it does."""

@@ -19,7 +19,7 @@ Without a terminal each line of standard input is a question or a command, and s
   system=TEXT       what the model is told               release=NAME   preview or 0731, which names modes otherwise
   disk=FOLDER       of the cache                         disk_bytes=N   most of it, 32G if not given
   exclude=, file_bytes=, total_bytes=   as for `leadline pack`
-  cache=, dtype=, device=, step_tokens=, speculate=   as for `leadline generate`
+  cache=, dtype=, device=, step_tokens=, speculate=, draft_cost=   as for `leadline generate`
 
   leadline chat runs/demo/checkpoint --with . exclude=tests disk=~/.cache/leadline
   echo "What does this package do?" | leadline chat runs/demo/checkpoint --with src
@@ -90,6 +90,7 @@ class Options:
     total_bytes: int = 2**26
     step_tokens: int = 512
     speculate: bool = False
+    draft_cost: float = 0.0
     cache: CacheName = "exact"
     dtype: DtypeName = "file"
     device: str = "auto"
@@ -173,7 +174,12 @@ def engine_for_talk(model: Transformer, opening_tokens: int, options: Options, d
         )
     pages = pages_for(context + 1, PAGE_TOKENS)
     settings = Settings(
-        slots=1, pages=pages, max_tokens=context, step_tokens=options.step_tokens, speculate=options.speculate
+        slots=1,
+        pages=pages,
+        max_tokens=context,
+        step_tokens=options.step_tokens,
+        speculate=options.speculate,
+        draft_cost=options.draft_cost,
     )
     return Engine(model, settings, disk)
 

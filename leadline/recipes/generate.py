@@ -6,11 +6,12 @@ CHECKPOINT is a folder in the official or transformers' layout with a tokenizer.
 for the contents of a file, or - for standard input. The prompt is plain text: nothing in it acts as a control token.
 
 The text goes to standard output. Standard error gets the progress of a long prompt, and at the end tokens per second,
-the time to the first token, the bytes of the cache, and how many guesses of the MTP block were right.
+the time to the first token, the bytes of the cache, and how many guesses were right, place by place.
 
   max_tokens=N      most tokens to add                step_tokens=N     tokens of the prompt per forward pass
   temperature=X     0 takes the most likely token     top_p, top_k, min_p   leave out unlikely tokens
-  seed=N            the same seed, the same text      speculate=yes     guess with the MTP block
+  seed=N            the same seed, the same text      speculate=yes     guess with the MTP block or draft stages
+  draft_cost=X      what one more token costs in a step, in steps: above 0, only sure guesses of draft stages are tried
   cache=FORMAT      exact, served or packed           dtype=KIND        file, float32, bfloat16 or float16
   device=NAME       cpu, cuda; default: the GPU if there is one
 
@@ -49,6 +50,7 @@ class Options:
     seed: int = 0
     step_tokens: int = 512
     speculate: bool = False
+    draft_cost: float = 0.0
     cache: CacheName = "exact"
     dtype: DtypeName = "file"
     device: str = "auto"
@@ -72,7 +74,9 @@ def main(arguments: list[str]) -> int:
         (tokenizer.bos_id, *tokenizer.encode(prompt)), options.max_tokens, sampling, frozenset({tokenizer.eos_id})
     )
     tokens = len(request.prompt) + options.max_tokens
-    engine = engine_for(model, tokens, step_tokens=options.step_tokens, speculate=options.speculate)
+    engine = engine_for(
+        model, tokens, step_tokens=options.step_tokens, speculate=options.speculate, draft_cost=options.draft_cost
+    )
     say(engine, request, tokenizer)
     return 0
 
@@ -154,6 +158,15 @@ def summary(usage: Usage, clock: Clock, cache_bytes: int) -> str:
         if usage.output_tokens > 1:
             parts.append(f"then {(usage.output_tokens - 1) / (clock.last - clock.first):,.1f} tokens/s")
     parts.append(f"cache {cache_bytes / 2**20:,.1f} MiB")
-    if usage.drafted:
-        parts.append(f"{usage.accepted} of {usage.drafted} guesses right ({usage.accepted / usage.drafted:.0%})")
+    if usage.num_drafted:
+        parts.append(guesses(usage))
     return ", ".join(parts)
+
+
+def guesses(usage: Usage) -> str:
+    """How many guesses were right, and, where they come in blocks, at each place of a block."""
+    share = f"{usage.num_accepted / usage.num_drafted:.0%}"
+    if len(usage.drafted) > 1:
+        places = (f"{right / tried:.0%}" for right, tried in zip(usage.accepted, usage.drafted, strict=True))
+        share += f"; by place {' '.join(places)}"
+    return f"{usage.num_accepted} of {usage.num_drafted} guesses right ({usage.drafter}: {share})"

@@ -12,7 +12,8 @@ http://127.0.0.1:8000/v1 and any API key. Ctrl-C or SIGTERM lets running answers
   release=preview   preview or 0731: which modes there are
   slots=8           answers at once                   queue=64          requests that wait beyond them
   context=8K        most tokens, prompt and answer    pages=N           of 128 tokens, for all; default: slots x context
-  step_tokens=512   tokens per forward pass           speculate=yes     guess with the MTP block
+  step_tokens=512   tokens per forward pass           speculate=yes     guess with the MTP block or draft stages
+  draft_cost=X      what one more token costs in a step, in steps: above 0, only sure guesses of draft stages are tried
   cache=FORMAT      exact, served or packed           dtype=KIND        file, float32, bfloat16 or float16
   device=NAME       cpu, cuda; default: the GPU if there is one
   body_mib=32       most of a request                 origins=URL,URL   web pages that may call the server
@@ -74,6 +75,7 @@ class Options:
     pages: int = 0
     step_tokens: int = 512
     speculate: bool = False
+    draft_cost: float = 0.0
     cache: CacheName = "exact"
     dtype: DtypeName = "file"
     device: str = "auto"
@@ -189,6 +191,7 @@ def engine_of(model: Transformer, options: Options) -> Engine:
             max_tokens=context,
             step_tokens=options.step_tokens,
             speculate=options.speculate,
+            draft_cost=options.draft_cost,
             batch_invariant=options.batch_invariant,
         ),
     )
@@ -196,12 +199,14 @@ def engine_of(model: Transformer, options: Options) -> Engine:
 
 def capacity(service: Service) -> str:
     """What the server can hold, in one line."""
-    state, settings = service.worker.engine.memory.state, service.worker.engine.settings
+    engine = service.worker.engine
+    state, settings = engine.memory.state, engine.settings
     mib = (settings.pages * state.bytes_per_page + settings.slots * state.bytes_per_slot) / 2**20
-    queue = service.limits.queue
+    queue, drafter = service.limits.queue, engine.drafter
+    drafts = f", {drafter.name} guesses {drafter.length} at a time" if drafter else ""
     return (
         f"context {service.context_tokens:,} tokens, {settings.slots} answers at once and {queue} waiting, "
-        f"cache {mib:,.0f} MiB"
+        f"cache {mib:,.0f} MiB{drafts}"
     )
 
 

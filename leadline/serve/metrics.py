@@ -6,7 +6,7 @@ model thought, how long it then answered, and how often a budget ended its think
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -38,6 +38,8 @@ class Metrics:
         self._hits = counter("prefix_cache_hits", "Tokens of prompts that the prefix cache had.")
         self._drafts = counter("spec_decode_num_draft_tokens", "Guesses that were verified.")
         self._accepted = counter("spec_decode_num_accepted_tokens", "Guesses that were right.")
+        self._drafts_at = counter("spec_decode_num_draft_tokens_per_pos", "The former, by place.", "position")
+        self._accepted_at = counter("spec_decode_num_accepted_tokens_per_pos", "The latter, by place.", "position")
         self._ended = counter("request_success", "Answers that ended, by reason.", "finished_reason")
         self._refused = counter("request_refused", "Requests that were refused, by status.", "status")
         self._spent = counter("thinking_budget_spent", "Answers whose budget ended the thinking.", "mode")
@@ -63,9 +65,13 @@ class Metrics:
         self._queries.labels(self._model).inc(tokens)
         self._hits.labels(self._model).inc(cached_tokens)
 
-    def guesses(self, drafted: int, accepted: int) -> None:
-        self._drafts.labels(self._model).inc(drafted)
-        self._accepted.labels(self._model).inc(accepted)
+    def guesses(self, drafted: Sequence[int], accepted: Sequence[int]) -> None:
+        """Guesses of an answer that were verified, and those that were right, by their place."""
+        self._drafts.labels(self._model).inc(sum(drafted))
+        self._accepted.labels(self._model).inc(sum(accepted))
+        for place, (tried, right) in enumerate(zip(drafted, accepted, strict=True)):
+            self._drafts_at.labels(self._model, str(place)).inc(tried)
+            self._accepted_at.labels(self._model, str(place)).inc(right)
 
     def answer(self, mode: str, reason: str, tokens: int, thinking_tokens: int, budget_spent: bool) -> None:
         """An answer has ended."""
@@ -103,8 +109,11 @@ class _Engine(Collector):
             gauge = GaugeMetricFamily(f"leadline:{name}", text, labels=["model_name"])
             gauge.add_metric([self._model], value)
             yield gauge
-        preemptions = CounterMetricFamily(
-            "leadline:num_preemptions", "States given up and computed again.", labels=["model_name"]
-        )
-        preemptions.add_metric([self._model], look.preempted)
-        yield preemptions
+        counters = {
+            "num_preemptions": ("States given up and computed again.", look.preempted),
+            "spec_decode_num_damaged_drafts": ("Guesses that NaN cut short.", look.damaged_drafts),
+        }
+        for name, (text, value) in counters.items():
+            counter = CounterMetricFamily(f"leadline:{name}", text, labels=["model_name"])
+            counter.add_metric([self._model], value)
+            yield counter

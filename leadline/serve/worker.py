@@ -28,7 +28,7 @@ _LOOK_S = 0.5
 class Look:
     """The engine at a glance. free_slots: that no sequence has. pages: of the pool; held_pages: by running sequences
     and the prefix cache; cached_pages: by the prefix cache (some of them by running sequences too). cache_bytes: of
-    everything held."""
+    everything held. damaged_drafts: guesses that NaN cut short."""
 
     running: int = 0
     waiting: int = 0
@@ -38,6 +38,7 @@ class Look:
     cached_pages: int = 0
     cache_bytes: int = 0
     preempted: int = 0
+    damaged_drafts: int = 0
 
 
 class Stream:
@@ -210,4 +211,5 @@ class Worker:
             memory.prefix.num_pages,
             engine.cache_bytes,
             engine.num_preempted,
+            engine.num_damaged_drafts,
         )

@@ -19,7 +19,6 @@ from leadline.engine.prefix import WindowPolicy
 from leadline.engine.request import Request, RequestError, Sampling, ThinkingBudget
 from leadline.engine.runner import Piece
 from leadline.engine.sequence import Finish
-from leadline.engine.sequence import Sequence as Life
 from leadline.model.config import TINY
 from leadline.model.segment import Segment
 from leadline.model.transformer import Output, Transformer
@@ -209,65 +208,6 @@ def test_a_prefix_is_not_shared_between_namespaces(model: Transformer, drain: Ca
         drain(engine)
         cached.append(engine.usage(number).cached_tokens)
     assert cached == [0, 0, 128]
-
-
-class Oracle:
-    """Stands in for the drafting: drafts that are right, or wrong, as a seed decides."""
-
-    def __init__(self, answers: dict[int, list[int]], seed: int):
-        self.answers, self.random = answers, random.Random(seed)
-
-    def draft(self, output: object, shares: list[tuple[Life, object]], fed: object, drawn: dict[int, object]) -> None:
-        for sequence, _ in shares:
-            if sequence.number in drawn and sequence.slot is not None:
-                answer = self.answers[sequence.number]
-                wrong = self.random.random() < 0.5
-                sequence.draft = (answer[sequence.num_output] + wrong) % TINY.vocab_size
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_speculation_changes_no_token(
-    model: Transformer,
-    monkeypatch: pytest.MonkeyPatch,
-    drain: Callable[[Engine], Run],
-    alone: Callable[[Request], list[int]],
-    seed: int,
-) -> None:
-    """Greedy and sampled, across window and entry borders, with drafts accepted and rejected at random."""
-    both = [Request(ids(110 + seed, 3), 40, GREEDY), Request(ids(3 + seed, 4), 30, Sampling(seed=seed, top_p=0.95))]
-    engine = Engine(model, Settings(slots=2, pages=16, step_tokens=128, speculate=True))
-    numbers = [engine.submit(request) for request in both]
-    oracle = Oracle({n: alone(r) for n, r in zip(numbers, both, strict=True)}, seed)
-    monkeypatch.setattr(engine, "_draft", oracle.draft)
-    run = drain(engine)
-    assert [run.ids(number) for number in numbers] == [alone(request) for request in both]
-    for number in numbers:
-        usage = engine.usage(number)
-        assert 0 < usage.accepted < usage.drafted
-    assert_nothing_leaks(engine)
-
-
-def test_the_mtp_block_drafts_what_it_drafts_without_a_state(
-    model: Transformer, monkeypatch: pytest.MonkeyPatch, drain: Callable[[Engine], Run]
-) -> None:
-    """The window of the MTP block moves along through chunks, single tokens, and wrong drafts."""
-    engine = Engine(model, Settings(slots=1, pages=8, step_tokens=128, speculate=True))
-    number = engine.submit(Request(ids(150), 16, GREEDY))
-    guesses: dict[int, int] = {}
-    tokens: list[int] = []
-    while engine.busy:
-        engine.step()
-        for sequence in engine.running:
-            if sequence.draft is not None:
-                guesses[len(sequence.tokens)] = sequence.draft
-                tokens = sequence.tokens
-    assert len(guesses) > 10
-    for length, guess in guesses.items():
-        with torch.no_grad():
-            output = model(Segment.of(tokens[: length - 1]))
-            hidden_TD, _ = model.predict_second(output, torch.tensor(tokens[1:length]))
-            assert int(model.logits(hidden_TD[-1:]).argmax()) == guess
-    assert engine.usage(number).drafted > 10
 
 
 def test_a_thinking_budget_forces_the_end_of_thinking(model: Transformer, drain: Callable[[Engine], Run]) -> None:

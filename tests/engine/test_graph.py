@@ -13,6 +13,7 @@ from leadline.engine.request import Request, Sampling
 from leadline.model.config import TINY
 from leadline.model.segment import Segment
 from leadline.model.transformer import Transformer
+from leadline.weights.synthetic import few_layers
 
 from .conftest import Run, random_weights
 
@@ -20,14 +21,16 @@ CARD = TINY.replace(head_dim=64, qk_rope_head_dim=32, index_head_dim=128)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("speculate", [False, True])
-def test_captured_steps_say_what_the_model_says_without_a_state(speculate: bool) -> None:
-    model = random_weights(Transformer(CARD), 7).cuda()
+@pytest.mark.parametrize(("speculate", "stages"), [(False, False), (True, False), (True, True)])
+def test_captured_steps_say_what_the_model_says_without_a_state(speculate: bool, stages: bool) -> None:
+    config = few_layers(CARD, CARD.num_hidden_layers, draft_stages=True) if stages else CARD
+    model = random_weights(Transformer(config), 7).cuda()
     prompts = [random.Random(n).choices(range(CARD.vocab_size), k=length) for n, length in enumerate((120, 5, 300))]
     engine, run = Engine(model, Settings(slots=3, pages=16, speculate=speculate)), Run()
     numbers = [engine.submit(Request(tuple(prompt), 20, Sampling(temperature=0.0))) for prompt in prompts]
     while engine.busy:
         run.add(engine.step())
+    assert all((engine.usage(number).num_drafted > 0) == speculate for number in numbers)
     for number, prompt in zip(numbers, prompts, strict=True):
         answer = run.ids(number)
         with torch.no_grad():

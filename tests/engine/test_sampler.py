@@ -9,13 +9,20 @@ import torch
 from torch import Tensor
 
 from leadline.engine.request import RequestError, Sampling
-from leadline.engine.sampler import Draw, NonFiniteLogitsError, draw
+from leadline.engine.sampler import Draw, draw, propose
+from leadline.engine.sequence import Token
 
 LOGITS_V = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
 
+def drawn(logits_NV: Tensor, draws: list[Draw]) -> list[Token]:
+    tokens = draw(logits_NV, draws)
+    assert None not in tokens
+    return [token for token in tokens if token is not None]
+
+
 def ids(logits_V: Tensor, sampling: Sampling, count: int = 400, **fields: object) -> list[int]:
-    return [draw(logits_V[None], [Draw(sampling, position, **fields)])[0].id for position in range(count)]  # pyright: ignore[reportArgumentType]
+    return [drawn(logits_V[None], [Draw(sampling, position, **fields)])[0].id for position in range(count)]  # pyright: ignore[reportArgumentType]
 
 
 def test_tokens_come_as_often_as_their_probability_says() -> None:
@@ -53,7 +60,7 @@ def test_penalties_and_bias() -> None:
     logits_V = torch.tensor([2.0, 1.5, -1.0, -1.2])
 
     def best(sampling: Sampling, output: dict[int, int], prompt: tuple[int, ...] = ()) -> int:
-        return draw(logits_V[None], [Draw(sampling, 0, prompt, output)])[0].id
+        return drawn(logits_V[None], [Draw(sampling, 0, prompt, output)])[0].id
 
     assert best(greedy, {0: 9}) == 0
     assert best(Sampling(temperature=0.0, presence_penalty=0.6), {0: 1}) == 1
@@ -63,7 +70,7 @@ def test_penalties_and_bias() -> None:
     assert best(Sampling(temperature=0.0, repetition_penalty=1.5), {}, (0,)) == 1  # of the prompt, too
     assert best(Sampling(temperature=0.0, logit_bias={3: 4.0}), {}) == 3
     # A negative logit becomes smaller, not larger.
-    negative = draw(torch.tensor([[-1.0, -1.2]]), [Draw(Sampling(temperature=0.0, repetition_penalty=1.5), 0, (0,))])
+    negative = drawn(torch.tensor([[-1.0, -1.2]]), [Draw(Sampling(temperature=0.0, repetition_penalty=1.5), 0, (0,))])
     assert negative[0].id == 1
 
 
@@ -96,7 +103,7 @@ def test_noise_depends_on_seed_and_position() -> None:
 def test_logprobs_are_those_of_the_model_itself() -> None:
     sampling = Sampling(temperature=0.0, logit_bias={3: 100.0}, logprobs=2)
     plain = Sampling(temperature=0.0)
-    token, other = draw(torch.stack([LOGITS_V, LOGITS_V]), [Draw(sampling, 0), Draw(plain, 0)])
+    token, other = drawn(torch.stack([LOGITS_V, LOGITS_V]), [Draw(sampling, 0), Draw(plain, 0)])
     assert token.id == 3
     assert token.logprob == pytest.approx(math.log(0.05), abs=1e-6)
     assert token.top is not None
@@ -105,12 +112,34 @@ def test_logprobs_are_those_of_the_model_itself() -> None:
     assert other.logprob is None
 
 
-def test_nan_is_an_error_that_names_the_rows() -> None:
+def test_nan_costs_its_own_row_only() -> None:
     logits_NV = torch.zeros(3, 4)
+    logits_NV[0, 3] = logits_NV[2, 1] = 9.0
     logits_NV[1, 2] = math.nan
-    with pytest.raises(NonFiniteLogitsError) as found:
-        draw(logits_NV, [Draw(Sampling(), 0)] * 3)
-    assert found.value.rows == [1]
+    greedy = Sampling(temperature=0.0)
+    assert draw(logits_NV, [Draw(greedy, 0)] * 3) == [Token(3), None, Token(1)]
+
+
+def test_drafts_are_drawn_as_tokens_are_from_left_to_right() -> None:
+    """With penalties, truncation and noise: what `propose` says of logits is what `draw` says of them, one by one."""
+    logits_NBV, bias_VV = torch.randn(3, 4, 50), torch.randn(50, 50)
+    samplings = [Sampling(temperature=0.0), Sampling(seed=4, top_p=0.8), Sampling(seed=5, presence_penalty=2.0)]
+    draws = [[Draw(s, 100 + place, (), {1: 2, 7: 1}) for place in range(4)] for s in samplings]
+    previous_N = torch.tensor([3, 30, 9])
+    ids_NB, finite_NB = propose(logits_NBV, draws, previous_N, lambda previous: bias_VV[previous])
+    assert finite_NB.all()
+    for n in range(3):
+        previous = int(previous_N[n])
+        for place in range(4):
+            previous = drawn(logits_NBV[n, place, None] + bias_VV[previous], [draws[n][place]])[0].id
+            assert int(ids_NB[n, place]) == previous
+
+
+def test_drafts_say_where_their_logits_are_damaged() -> None:
+    logits_NBV = torch.zeros(2, 3, 8)
+    logits_NBV[1, 1, 4] = math.nan
+    _, finite_NB = propose(logits_NBV, [[Draw(Sampling(), place) for place in range(3)]] * 2)
+    assert finite_NB.tolist() == [[True, True, True], [True, False, True]]
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from leadline.engine.pages import pages_for
-from leadline.engine.scheduler import Candidate, may_admit, plan
+from leadline.engine.scheduler import Candidate, admit_drafts, may_admit, plan
 
 PAGE = 128
 
@@ -26,7 +30,7 @@ def candidates(draw: st.DrawFn) -> list[Candidate]:
     for number in range(draw(st.integers(1, 7))):
         seen, priority = draw(st.integers(1, 600)), draw(st.integers(0, 2))
         if draw(st.booleans()):
-            found.append(decoding(number, seen, draw(st.integers(0, 1)), priority))
+            found.append(decoding(number, seen, draw(st.integers(0, 6)), priority))
         else:
             pending = draw(st.integers(2, 900))
             cut = draw(st.none() | st.integers(seen + 1, seen + 900))
@@ -76,6 +80,43 @@ def test_the_last_in_order_gives_way_when_pages_run_out() -> None:
     chosen = plan(found, step_tokens=64, free_pages=0, page_tokens=PAGE)
     assert chosen.preempted == (1,)
     assert {share.number: share.new_pages for share in chosen.shares} == {2: 1, 0: 1}
+
+
+def test_nobody_gives_way_for_a_guess() -> None:
+    """Drafts that would need a page that is not free stay behind, and so do those that the step has no room for."""
+    found = [decoding(0, 126, drafts=5), decoding(1, 200, drafts=5)]
+    chosen = plan(found, step_tokens=9, free_pages=0, page_tokens=PAGE)
+    assert chosen.preempted == ()
+    assert {share.number: share.drafts for share in chosen.shares} == {0: 0, 1: 5}
+    chosen = plan(found, step_tokens=9, free_pages=1, page_tokens=PAGE)
+    assert {share.number: (share.drafts, share.new_pages) for share in chosen.shares} == {0: (5, 1), 1: (2, 0)}
+
+
+def falling(draw: st.DrawFn) -> list[float]:
+    chances = draw(st.lists(st.floats(0.0, 1.0), max_size=3))
+    return [math.prod(chances[: place + 1]) for place in range(len(chances))]
+
+
+@given(st.data(), st.sampled_from([0.0, 0.05, 0.3, 2.0]))
+def test_admitted_drafts_are_the_best_choice_there_is(data: st.DataObject, cost: float) -> None:
+    """No other numbers of drafts bring more tokens per second."""
+    survival = data.draw(st.lists(st.composite(falling)(), min_size=1, max_size=3))
+
+    def speed(counts: tuple[int, ...]) -> float:
+        expected = sum(1 + sum(run[:count]) for run, count in zip(survival, counts, strict=True))
+        return expected / (1 + cost * (len(counts) + sum(counts)))
+
+    best = max(map(speed, itertools.product(*(range(len(run) + 1) for run in survival))))
+    assert speed(tuple(admit_drafts(survival, cost))) == pytest.approx(best)
+
+
+def test_the_surest_drafts_go_first_whoever_has_them() -> None:
+    survival = [[0.9, 0.5, 0.1], [], [0.6, 0.55, 0.0]]
+    assert admit_drafts(survival, 0.0) == [3, 0, 2]  # what cannot survive is never worth a token
+    assert admit_drafts(survival, 0.5) == [1, 0, 0]
+    assert admit_drafts(survival, 100.0) == [0, 0, 0]
+    assert admit_drafts([[1e-300]], 0.0) == [1]
+    assert admit_drafts([], 0.1) == []
 
 
 def test_a_chunk_ends_where_the_state_is_kept() -> None:

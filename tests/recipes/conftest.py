@@ -10,10 +10,11 @@ import torch
 
 from leadline.engine.request import Request, RequestError
 from leadline.engine.sequence import Event, Finish, Token, Usage
-from leadline.model.config import TINY
+from leadline.model.config import TINY, ModelConfig
 from leadline.model.transformer import Transformer
 from leadline.text.tokenizer import Control, Tokenizer
 from leadline.weights.save import save_checkpoint
+from leadline.weights.synthetic import few_layers
 
 TEXT = "def add(first, second):\n    return first + second\n\n# **bold** and `code`, 123 and 中文\n"
 
@@ -25,10 +26,19 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    folder = tmp_path_factory.mktemp("model")
+    return written(tmp_path_factory.mktemp("model"), TINY.replace(vocab_size=tokenizer.vocab_size), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def staged_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """With draft stages in the place of the MTP block."""
+    config = few_layers(TINY.replace(vocab_size=tokenizer.vocab_size), TINY.num_hidden_layers, draft_stages=True)
+    return written(tmp_path_factory.mktemp("staged"), config, tokenizer)
+
+
+def written(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> Path:
     tokenizer.save(folder / "tokenizer")
     generator = torch.Generator().manual_seed(3)
-    config = TINY.replace(vocab_size=tokenizer.vocab_size)
     model = Transformer(config)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -83,7 +93,7 @@ class Scripted:
         return self._seen if self.busy else 0
 
     def usage(self, number: int) -> Usage:
-        return Usage(len(self.requests[-1].prompt), self._said, 0, 0, 0)
+        return Usage(len(self.requests[-1].prompt), self._said, 0)
 
     def step(self) -> list[Event]:
         self.on_step(self._said)

@@ -11,6 +11,7 @@ import pytest
 from leadline.cli import UsageError
 from leadline.engine.generate import generate as continued
 from leadline.engine.request import RequestError, Sampling
+from leadline.engine.sequence import Usage
 from leadline.recipes import generate
 from leadline.text.tokenizer import Tokenizer
 from leadline.weights.load import load_checkpoint
@@ -39,8 +40,29 @@ def test_it_prints_what_the_engine_draws(
     if "cache=packed" not in extra:
         assert printed.out == expected(checkpoint, Sampling(temperature=0.0)) + "\n"
     assert re.search(r"\d+ \+ \d+ tokens, first after [\d.]+ s", printed.err)
-    assert ("guesses right" in printed.err) == ("speculate=yes" in extra)
+    assert bool(re.search(r"\d+ of \d+ guesses right \(MTP: \d+%\)", printed.err)) == ("speculate=yes" in extra)
     assert printed.err.count("\n") <= 2
+
+
+@pytest.mark.parametrize("sampling", [["temperature=0"], ["seed=5"]], ids=str)
+def test_draft_stages_change_no_word_and_are_reported_by_place(
+    staged_checkpoint: Path, capsys: pytest.CaptureFixture[str], sampling: list[str]
+) -> None:
+    words, errors = [], []
+    for extra in (["speculate=no"], ["speculate=yes"], ["speculate=yes", "draft_cost=0.5"]):
+        assert generate.main([str(staged_checkpoint), PROMPT, "max_tokens=25", *sampling, *extra]) == 0
+        printed = capsys.readouterr()
+        words.append(printed.out)
+        errors.append(printed.err)
+    assert words[0] == words[1] == words[2]
+    assert re.search(r"\d+ of \d+ guesses right \(DSpark: \d+%; by place( \d+%)+\)", errors[1])
+    assert "guesses" not in errors[0]
+
+
+def test_guesses_in_words() -> None:
+    usage = Usage(3, 20, 0, (8, 8, 4), (6, 2, 1), "DSpark")
+    assert generate.guesses(usage) == "9 of 20 guesses right (DSpark: 45%; by place 75% 25% 25%)"
+    assert generate.guesses(Usage(3, 20, 0, (4,), (1,), "MTP")) == "1 of 4 guesses right (MTP: 25%)"
 
 
 def test_a_seed_repeats_its_text(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,6 +67,14 @@ def test_a_checkpoint_becomes_a_service(checkpoint: Path) -> None:
     assert capacity(service).startswith("context 600 tokens, 2 answers at once and 64 waiting, cache ")
 
 
+def test_the_first_line_says_who_guesses(checkpoint: Path, staged_checkpoint: Path) -> None:
+    for folder, words in (
+        (checkpoint, ", MTP guesses 1 at a time"),
+        (staged_checkpoint, ", DSpark guesses 5 at a time"),
+    ):
+        assert capacity(build(folder, Options(slots=1, speculate=True), Keys([]))).endswith(words)
+
+
 def test_replicas_need_what_not_everybody_has(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RAY_USAGE_STATS_ENABLED", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
         monkeypatch.setenv(name, "")  # so that they are as before afterwards

@@ -44,3 +44,19 @@ def test_an_answer_is_counted_once(server: Any) -> None:
     assert after["leadline:num_preemptions_total"] == 0
     assert after["leadline:num_free_slots"] == 4
     assert after["leadline:kv_cache_pages"] == after["leadline:prefix_cache_pages"] > 0  # at rest, only the cache holds
+
+
+def test_guesses_are_counted_by_their_place(server: Any) -> None:
+    before = read(server)
+    server.service.metrics.guesses((5, 4, 2), (3, 1, 0))
+    server.service.metrics.guesses((2,), (1,))
+    server.service.metrics.guesses((), ())
+    after = read(server)
+    grown = {
+        name: after[name] - before.get(name, 0) for name in after if "spec_decode" in name and "created" not in name
+    }
+    start = "leadline:spec_decode_num"
+    assert grown[f"{start}_draft_tokens_total"] == 13
+    assert grown[f"{start}_accepted_tokens_total"] == 5
+    assert [grown[f"{start}_draft_tokens_per_pos_total {place}"] for place in range(3)] == [7, 4, 2]
+    assert [grown[f"{start}_accepted_tokens_per_pos_total {place}"] for place in range(3)] == [4, 1, 0]

@@ -98,7 +98,7 @@ class Scripted(Engine):
             self._ended.append(Event(number, finish=Finish.CANCELLED))
 
     def usage(self, number: int) -> Usage:
-        return Usage(self._prompt_tokens.pop(number), 0, self.cached_tokens, 0, 0)
+        return Usage(self._prompt_tokens.pop(number), 0, self.cached_tokens)
 
     def step(self) -> list[Event]:
         events, self._ended = self._ended, []
