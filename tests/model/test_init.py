@@ -9,6 +9,7 @@ from leadline.model.init import initialize
 from leadline.model.segment import Segment
 from leadline.model.transformer import Transformer
 from leadline.ops.sinkhorn import sinkhorn
+from leadline.weights.synthetic import few_layers
 
 
 @pytest.fixture
@@ -26,6 +27,15 @@ def test_every_tensor_is_filled(model):
             assert bool(tensor.isfinite().all()), name
         else:
             assert bool(((tensor >= 0) & (tensor < TINY.n_routed_experts)).all()), name
+
+
+def test_every_tensor_of_draft_stages_is_filled() -> None:
+    model = Transformer(few_layers(TINY, TINY.num_hidden_layers, draft_stages=True))
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+    initialize(model, seed=3)
+    assert all(bool(tensor.isfinite().all()) for tensor in model.mtp.state_dict().values())
 
 
 def test_the_same_seed_gives_the_same_model_and_another_differs(model):
