@@ -143,6 +143,24 @@ def test_any_way_to_a_place_leads_to_the_same_block(model: Transformer, data: st
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("length", range(1, BLOCK + 2))
+def test_steps_whose_places_only_the_device_knows_move_the_windows_too(model: Transformer, length: int) -> None:
+    """As in a captured graph, for every length of a step that verifies drafts."""
+    tokens, blocks = [torch.randint(0, 250, (count,)).tolist() for count in (9, 31)], []
+    fed = torch.randint(0, 250, (2 * length,))
+    for on_device in (False, True):
+        state = state_of(model, 2)
+        model(Segment.of(*tokens), state)
+        segment = Segment.of(*fed.split(length), past=[9, 31], slots=[0, 1])
+        if on_device:
+            segment = Segment.on_device(fed, segment.positions_T, segment.slots_N, 64)
+        model(segment, state)
+        longer = [[*t, *fed[n * length :][:length].tolist(), 5] for n, t in enumerate(tokens)]
+        blocks.append(drafted(model, state, longer, [0, 1]).logits_NBV)
+    torch.testing.assert_close(*blocks, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
 def test_the_heads(model: Transformer) -> None:
     stages = model.dspark
     assert stages is not None
