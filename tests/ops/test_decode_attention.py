@@ -71,4 +71,7 @@ def test_without_entries() -> None:
     q, keys, window_rows, _, entry_rows, sink = operands(4, 7, 5)
     nothing = torch.full_like(entry_rows, -1)
     wanted = decode_attention(q, keys, window_rows, keys, nothing, sink)
-    assert torch.equal(decode_attention(q, keys, window_rows, None, None, sink)[0], wanted[0])
+    found = decode_attention(q, keys, window_rows, None, None, sink)
+    # The lists differ in length, and so may the order of a sum.
+    assert torch.allclose(found[0], wanted[0], rtol=1e-14, atol=1e-15)
+    assert torch.allclose(found[1], wanted[1], rtol=1e-14, atol=1e-15)

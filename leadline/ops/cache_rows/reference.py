@@ -21,7 +21,7 @@ def read_rows_reference(
 ) -> Tensor:
     row_X = rows_X.clamp_min(0).long()
     if isinstance(source, Tensor):
-        vectors_XK = source[row_X].to(dtype)
+        vectors_XK = source.index_select(0, row_X).to(dtype)
     elif isinstance(source, PackedKeys):
         rotary_width = source.payload.shape[-1] - width
         vectors_XK = unpack_keys(PackedKeys(source.payload[row_X], source.scales[row_X]), rotary_width, dtype)
@@ -32,14 +32,24 @@ def read_rows_reference(
 
 @torch.no_grad()
 def write_rows_reference(target: Tensor | PackedKeys | PackedIndex, rows_X: Tensor, vectors_XK: Tensor) -> None:
-    kept = rows_X >= 0
-    row_X, vectors_XK = rows_X[kept].long(), vectors_XK[kept]
+    if not len(rows_X):
+        return
     if isinstance(target, Tensor):
-        target[row_X] = vectors_XK.to(target.dtype)
+        _write(target, rows_X, vectors_XK.to(target.dtype))
         return
     if isinstance(target, PackedKeys):
         packed = pack_keys(vectors_XK, target.payload.shape[-1] - vectors_XK.shape[-1])
     else:
         packed = pack_index(vectors_XK)
     for part, values in zip(target, packed, strict=True):
-        part[row_X] = values
+        _write(part, rows_X, values)
+
+
+def _write(target: Tensor, rows_X: Tensor, values_XB: Tensor) -> None:
+    """target[rows] = values, but for rows -1: these repeat the first write that is made, or, where none is, put row 0
+    in its own place. So the shapes do not depend on how many there are, and a compiled step has no other path."""
+    kept_X = rows_X >= 0
+    first_1 = kept_X.int().argmax(0, keepdim=True)
+    row_1 = rows_X[first_1].clamp_min(0).long()
+    value_1B = torch.where(kept_X[first_1, None], values_XB[first_1], target[row_1])
+    target[torch.where(kept_X, rows_X, row_1)] = torch.where(kept_X[:, None], values_XB, value_1B)

@@ -13,11 +13,9 @@ from leadline.ops.precision import wide
 VALUES_PER_TILE = 2**24  # gathered at once: 64 MiB of FP32
 
 
-def _gathered(source: Tensor | PackedKeys, rows_bX: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Vectors [b, X, K] that any of some queries looks at, and which of them each query sees, bool [b, X]."""
-    rows_bX = rows_bX[:, (rows_bX >= 0).any(0)]
-    vectors_XK = read_rows_reference(source, rows_bX.flatten(), width, dtype)
-    return vectors_XK.unflatten(0, rows_bX.shape), rows_bX >= 0
+def _gathered(source: Tensor | PackedKeys, rows_bX: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Vectors [b, X, K] of the rows that some queries look at, zeros for row -1."""
+    return read_rows_reference(source, rows_bX.flatten(), width, dtype).unflatten(0, rows_bX.shape)
 
 
 def _blocks(
@@ -45,41 +43,54 @@ def decode_attention_reference(
     sink_H: Tensor,
 ) -> tuple[Tensor, Tensor]:
     width = q_THK.shape[2]
-    o_THK = torch.empty_like(q_THK)
-    lse_TH = wide(q_THK.new_empty(q_THK.shape[:2]))
-    sink_H = sink_H.to(lse_TH.dtype)
+    sink_H = sink_H.to(wide(q_THK).dtype)
     lists = [(window, window_rows_TW)]
     if entries is not None and entry_rows_TM is not None:
         lists.append((entries, entry_rows_TM))
     step = max(1, VALUES_PER_TILE // max(1, width * sum(rows.shape[1] for _, rows in lists)))
-    for at in range(0, len(q_THK), step):
-        tile = slice(at, at + step)
-        if is_batch_invariant():
-            blocks = [
-                block
-                for place, (source, rows) in enumerate(lists)
-                for block in _blocks(source, rows[tile], width, q_THK.dtype, last_first=place == 0)
-            ]
-            o_THK[tile], lse_TH[tile] = _in_blocks(wide(q_THK[tile]) * width**-0.5, blocks, sink_H, q_THK.dtype)
-            continue
-        gathered = [_gathered(source, rows[tile], width, q_THK.dtype) for source, rows in lists]
-        keys_bXK = wide(torch.cat([vectors for vectors, _ in gathered], dim=1))
-        seen_bX = torch.cat([seen for _, seen in gathered], dim=1)
-        scores_bHX = torch.matmul(wide(q_THK[tile]) * width**-0.5, keys_bXK.mT)
-        scores_bHX.masked_fill_(~seen_bX[:, None], float("-inf"))
-        blind_b = ~seen_bX.any(1)
-        largest_bH = torch.cat([scores_bHX, scores_bHX.new_full((*scores_bHX.shape[:2], 1), float("-inf"))], -1).amax(
-            -1
-        )
-        largest_bH[blind_b] = 0.0  # without a row, -inf, which can be subtracted from nothing
-        weights_bHX = scores_bHX.sub_(largest_bH[..., None]).exp_()
-        sum_bH = weights_bHX.sum(-1)
-        # The published kernel rounds the probabilities to the dtype of the values before the second product.
-        o_bHK = torch.matmul(wide(weights_bHX.to(q_THK.dtype)), keys_bXK)
-        o_THK[tile] = o_bHK / (sum_bH + torch.exp(sink_H - largest_bH))[..., None]
-        o_THK[tile][blind_b] = 0.0
-        lse_TH[tile] = torch.logaddexp(largest_bH + sum_bH.log(), sink_H)
-    return o_THK, lse_TH
+    attend = _attend_invariant if is_batch_invariant() else _attend
+    tiles = [
+        attend(q_bHK, [(source, rows_TX[at : at + step]) for source, rows_TX in lists], sink_H)
+        for at, q_bHK in zip(range(0, len(q_THK), step), q_THK.split(step), strict=True)
+    ]
+    if len(tiles) == 1:
+        return tiles[0]
+    return torch.cat([o_bHK for o_bHK, _ in tiles]), torch.cat([lse_bH for _, lse_bH in tiles])
+
+
+def _attend(
+    q_bHK: Tensor, lists: list[tuple[Tensor | PackedKeys, Tensor]], sink_H: Tensor
+) -> tuple[Tensor, Tensor]:
+    """o and lse of some queries that look into the rows of one or two sources."""
+    width, dtype = q_bHK.shape[2], q_bHK.dtype
+    keys_bXK = wide(torch.cat([_gathered(source, rows_bX, width, dtype) for source, rows_bX in lists], dim=1))
+    unseen_bX = torch.cat([rows_bX for _, rows_bX in lists], dim=1) < 0
+    scores_bHX = torch.bmm(wide(q_bHK) * width**-0.5, keys_bXK.mT)
+    scores_bHX = scores_bHX.masked_fill(unseen_bX[:, None], float("-inf"))
+    largest_bH = scores_bHX.amax(-1)
+    blind_bH = largest_bH == float("-inf")
+    largest_bH = largest_bH.masked_fill(blind_bH, 0.0)  # -inf can be subtracted from nothing
+    weights_bHX = torch.exp(scores_bHX - largest_bH[..., None])
+    sum_bH = weights_bHX.sum(-1)
+    # The published kernel rounds the probabilities to the dtype of the values before the second product.
+    o_bHK = torch.bmm(wide(weights_bHX.to(dtype)), keys_bXK)
+    o_bHK = o_bHK / (sum_bH + torch.exp(sink_H - largest_bH))[..., None]
+    o_bHK = o_bHK.masked_fill(blind_bH[..., None], 0.0)
+    return o_bHK.to(dtype), torch.logaddexp(largest_bH + sum_bH.log(), sink_H)
+
+
+def _attend_invariant(
+    q_bHK: Tensor, lists: list[tuple[Tensor | PackedKeys, Tensor]], sink_H: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same, added up in blocks: the first list, the window's, from its end, so that blocks lie as positions do."""
+    width, dtype = q_bHK.shape[2], q_bHK.dtype
+    blocks = [
+        block
+        for place, (source, rows_bX) in enumerate(lists)
+        for block in _blocks(source, rows_bX, width, dtype, last_first=place == 0)
+    ]
+    o_bHK, lse_bH = _in_blocks(wide(q_bHK) * width**-0.5, blocks, sink_H, dtype)
+    return o_bHK.to(dtype), lse_bH
 
 
 def _in_blocks(

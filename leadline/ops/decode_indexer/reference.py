@@ -1,4 +1,4 @@
-"""The indexer for single queries in plain PyTorch: one query after the other, all its keys at once."""
+"""The indexer for single queries in plain PyTorch: the keys of a few queries are gathered, and each query has its own."""
 
 from __future__ import annotations
 
@@ -11,22 +11,25 @@ from leadline.ops.lightning_indexer.reference import index_scores
 from leadline.ops.select_topk import select_topk
 
 PAGE_KEYS = 32
+VALUES_PER_TILE = 2**24  # gathered at once: 64 MiB of FP32
 
 
-def rows_of(numbers: Tensor, pages_P: Tensor) -> Tensor:
-    """Rows of the entries of a sequence by their numbers, -1 for -1."""
-    page = pages_P[numbers.clamp_min(0) // PAGE_KEYS].to(numbers.dtype)
-    return torch.where(numbers < 0, -1, page * PAGE_KEYS + numbers % PAGE_KEYS)
+def rows_of(numbers_TX: Tensor, pages_TP: Tensor) -> Tensor:
+    """Rows of entries by their numbers in the sequence of each query, -1 for -1."""
+    number = numbers_TX.clamp_min(0)
+    page_TX = pages_TP.gather(1, number // PAGE_KEYS)
+    return torch.where(numbers_TX < 0, -1, page_TX * PAGE_KEYS + number % PAGE_KEYS)
 
 
-def _keys(keys: Tensor | PackedIndex, pages_P: Tensor, visible: int, width: int, dtype: torch.dtype) -> Tensor:
-    """The visible keys of a sequence [visible, I]; in place where they are floats that lie one behind the other."""
-    pages_p = pages_P[: -(-visible // PAGE_KEYS)]
-    if isinstance(keys, Tensor) and bool((pages_p.diff() == 1).all()):
-        first = int(pages_p[0]) * PAGE_KEYS
-        return keys[first : first + visible]
-    rows = rows_of(torch.arange(visible, device=pages_P.device), pages_P)
-    return read_rows_reference(keys, rows, width, dtype)
+def _scores(
+    q_bJI: Tensor, weight_bJ: Tensor, keys: Tensor | PackedIndex, pages_bP: Tensor, visible_b: Tensor
+) -> Tensor:
+    """Score of each key in the pages of each query, [b, 32 P]."""
+    width = q_bJI.shape[2]
+    number_X = torch.arange(PAGE_KEYS * pages_bP.shape[1], device=q_bJI.device)
+    rows_bX = rows_of(torch.where(number_X < visible_b[:, None], number_X, -1), pages_bP)
+    keys_XI = read_rows_reference(keys, rows_bX.flatten(), width, q_bJI.dtype)
+    return index_scores(q_bJI, weight_bJ, keys_XI.unflatten(0, rows_bX.shape))
 
 
 @torch.no_grad()
@@ -39,19 +42,18 @@ def decode_pick_entries_reference(
     visible_T: Tensor,
     k: int,
 ) -> tuple[Tensor, Tensor]:
-    num_queries, _, width = q_TJI.shape
-    picked_TM = torch.full(
-        (num_queries, min(k, PAGE_KEYS * pages_NP.shape[1])), -1, dtype=torch.int32, device=q_TJI.device
-    )
-    rows_TM = picked_TM.clone()
-    most = picked_TM.shape[1]
-    for t in range(num_queries):
-        pages_P, visible = pages_NP[int(sequence_T[t])], int(visible_T[t])
-        if visible <= most:  # everything visible is picked: nothing to score
-            picked_TM[t, :visible] = torch.arange(visible, device=q_TJI.device)
-        else:
-            here = slice(t, t + 1)
-            scores_1C = index_scores(q_TJI[here], weight_TJ[here], _keys(keys, pages_P, visible, width, q_TJI.dtype))
-            picked_TM[t] = select_topk(scores_1C, visible_T[here], most)[0]
-        rows_TM[t] = rows_of(picked_TM[t], pages_P)
-    return picked_TM, rows_TM
+    pages_TP = pages_NP.long().index_select(0, sequence_T)
+    num_keys = PAGE_KEYS * pages_NP.shape[1]
+    if num_keys <= k:  # everything visible is picked: nothing to score
+        number_M = torch.arange(num_keys, device=q_TJI.device)
+        picked_TM = torch.where(number_M < visible_T[:, None], number_M, -1)
+    else:
+        step = max(1, VALUES_PER_TILE // (num_keys * q_TJI.shape[2]))
+        queries = zip(*(x.split(step) for x in (q_TJI, weight_TJ, pages_TP, visible_T)), strict=True)
+        picked_TM = torch.cat(
+            [
+                select_topk(_scores(q_bJI, weight_bJ, keys, pages_bP, visible_b), visible_b, k)
+                for q_bJI, weight_bJ, pages_bP, visible_b in queries
+            ]
+        )
+    return picked_TM.int(), rows_of(picked_TM, pages_TP).int()

@@ -48,7 +48,7 @@ def _coefficients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(pre_TS, post_TS, comb_TSS) from the projections."""
     s = num_streams
-    gates = scale.repeat_interleave(torch.tensor([s, s, s * s], device=scale.device))
+    gates = torch.cat([gate.expand(rows) for gate, rows in zip(scale.unbind(), (s, s, s * s), strict=True)])
     pre_TS, post_TS, comb = (mixes * gates + base).split([s, s, s * s], dim=-1)
     comb_TSS = Sinkhorn.apply(comb.unflatten(-1, (s, s)), rounds, eps)
     return torch.sigmoid(pre_TS) + eps, 2 * torch.sigmoid(post_TS), comb_TSS

@@ -1,6 +1,7 @@
 """Top-k in plain PyTorch.
 
 `torch.topk` promises nothing about equal scores, so rows where the k-th and the next are equal are decided again.
+How many these are is a question to the numbers, so torch.compile takes the whole as one operation.
 """
 
 from __future__ import annotations
@@ -8,11 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from leadline.ops.opaque import opaque
+
 
 class NonFiniteScoresError(ValueError):
     """A score is not a number, so no order exists."""
 
 
+@opaque(lambda scores_TC, visible_T, k: scores_TC.new_empty(len(scores_TC), k, dtype=torch.int64))
 def select_topk_reference(scores_TC: Tensor, visible_T: Tensor, k: int) -> Tensor:
     num_columns = scores_TC.shape[1]
     column = torch.arange(num_columns, device=scores_TC.device)

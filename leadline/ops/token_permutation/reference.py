@@ -13,7 +13,8 @@ from leadline.ops.precision import wide
 
 def expert_order(experts_TA: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     flat = experts_TA.flatten()
-    return flat.argsort(stable=True), torch.bincount(flat, minlength=num_experts)
+    counts_E = flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
+    return flat.argsort(stable=True), counts_E
 
 
 def _dispatch(x_TD: Tensor, order_X: Tensor, choices: int) -> Tensor:
