@@ -39,14 +39,15 @@ def batch_invariant() -> Iterator[None]:
         _on.reset(token)
 
 
+@torch.compiler.assume_constant_result
 def is_batch_invariant() -> bool:
-    """Whether a `batch_invariant` block is open."""
+    """Whether a `batch_invariant` block is open. torch.compile asks once, while it traces."""
     return _on.get()
 
 
 def rows_times(x_TN: Tensor, weight_ON: Tensor) -> Tensor:
     """x W^T, [T, O]; in blocks of `ROWS` rows where rows must not depend on each other."""
-    if not _on.get():
+    if not is_batch_invariant():
         return torch.nn.functional.linear(x_TN, weight_ON)
     num_rows = x_TN.shape[0]
     padded = torch.nn.functional.pad(x_TN, (0, 0, 0, -num_rows % ROWS)).contiguous().unflatten(0, (-1, ROWS))
@@ -61,7 +62,7 @@ def rowwise(function: Callable[..., Any], *tensors: Tensor) -> Any:
     behind the last full vector depends on how many there are. So where rows must not depend on each other, zero rows
     are added until no thread's share ends in the middle of a vector.
     """
-    if not _on.get():
+    if not is_batch_invariant():
         return function(*tensors)
     num_rows = len(tensors[0])
     missing = -num_rows % (ROWS * torch.get_num_threads())

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from leadline.ops.invariance import is_batch_invariant, rows_times
+from leadline.ops.opaque import opaque
 
 
 def _runs(counts_E: Tensor) -> Iterator[tuple[int, slice]]:
@@ -30,6 +31,7 @@ def _is_torchs(x_XD: Tensor, weight_EFD: Tensor) -> bool:
     )
 
 
+@opaque(lambda x_XD, weight_EFD, counts_E: x_XD.new_empty(len(x_XD), weight_EFD.shape[1]))
 def grouped_product(x_XD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
     """The product without its gradient."""
     if not is_batch_invariant() and _is_torchs(x_XD, weight_EFD):
