@@ -43,6 +43,7 @@ from torch import Tensor
 
 from leadline import cli
 from leadline.engine.engine import Engine, Settings
+from leadline.engine.graph import StepGraph
 from leadline.engine.prefix import WindowPolicy
 from leadline.engine.request import Request, Sampling
 from leadline.model import accounting
@@ -185,9 +186,10 @@ def decode(model: Transformer, context: int, count: int, ceilings: Ceilings) -> 
     seconds = times[len(times) // 2]
     moved = weight_bytes(model, count) + count * cache_bytes_read(model.config, context)
     floor = moved / ceilings.copy
-    graphs = engine.runner._graphs
-    assert graphs is not None
-    graph = next(iter(graphs._graphs.values()))
+    steps = engine.runner.steps
+    assert steps is not None
+    graph = next(iter(steps._steps.values()))
+    assert isinstance(graph, StepGraph)
     assert graph._graph is not None
     captured = _median(graph._graph.replay)
     state = engine.memory.state
@@ -200,7 +202,7 @@ def decode(model: Transformer, context: int, count: int, ceilings: Ceilings) -> 
         "of floor": f"{floor / seconds:.0%}",
         "note": f"the card alone {1000 * captured:.2f} ms; cache {state.bytes_per_page * num_pages(context):,} bytes",
     }
-    del engine, state, graph, graphs
+    del engine, state, graph, steps
     _forget()
     return row
 

@@ -24,8 +24,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from leadline.engine.compiled import CompiledStep, require_compilable
 from leadline.engine.disk import DiskCache
 from leadline.engine.drafter import Drafter, drafter_of
+from leadline.engine.graph import FixedSteps, StepGraph
 from leadline.engine.memory import Memory
 from leadline.engine.prefix import PERIODIC, WindowPolicy
 from leadline.engine.request import Request, RequestError
@@ -49,7 +51,8 @@ class Settings:
     cache. speculate: guess with the MTP block or the draft stages, whichever the model has. draft_cost: what a token
     adds to the time of a step, relative to a step without any; the higher, the surer a guess of the draft stages has to
     be (`admit_drafts`). batch_invariant: a sequence's logits are the same bits whatever else is served and however its
-    prompt is cut or cached (`ops/invariance.py`); slower, and on the CPU only.
+    prompt is cut or cached (`ops/invariance.py`); slower, and on the CPU only. compile_steps: on the CPU, compile the
+    decoding steps of each shape when it first comes up (`compiled.py`).
     """
 
     slots: int = 8
@@ -61,6 +64,7 @@ class Settings:
     speculate: bool = False
     draft_cost: float = 0.0
     batch_invariant: bool = False
+    compile_steps: bool = False
 
 
 class Engine:
@@ -73,6 +77,10 @@ class Engine:
             raise ValueError("batch_invariant holds for the CPU: move the model there, or serve without it")
         if settings.step_tokens < PAGE_TOKENS:
             raise ValueError(f"step_tokens is {settings.step_tokens}: expected at least a page, {PAGE_TOKENS}")
+        if settings.compile_steps and settings.batch_invariant:
+            raise ValueError("compile_steps and batch_invariant exclude each other: compiled sums have other bits")
+        if settings.compile_steps:
+            require_compilable(model)
         config, weight = model.config, model.embed.weight
         self.settings = settings
         most = min(settings.pages * PAGE_TOKENS, config.max_position_embeddings)
@@ -80,7 +88,7 @@ class Engine:
         self.drafter: Drafter | None = drafter_of(model) if settings.speculate else None
         state = State(
             config,
-            settings.slots + 1,  # one for the padding of captured steps
+            settings.slots + 1,  # one for the padding of fixed steps
             pages=settings.pages,
             max_tokens=self.max_tokens,
             spare_tokens=self.drafter.length if self.drafter else 0,
@@ -88,7 +96,7 @@ class Engine:
             dtype=weight.dtype,
             device=weight.device,
         )
-        self.runner = Runner(model, state, padding_slot=settings.slots)
+        self.runner = Runner(model, state, _fixed_steps(model, state, settings))
         self.memory = Memory(state, settings.slots, settings.policy, settings.block_bytes, disk)
         self.step_tokens = settings.step_tokens
         self.waiting: list[Sequence] = []
@@ -141,6 +149,11 @@ class Engine:
         state, pool = self.memory.state, self.memory.pool
         pages = (pool.num_pages - pool.num_free) * state.bytes_per_page
         return pages + len(self.running) * state.bytes_per_slot + self.memory.prefix.num_block_bytes
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds that compiling steps has taken so far."""
+        return self.runner.steps.compile_seconds if self.runner.steps is not None else 0.0
 
     def usage(self, number: int) -> Usage:
         """Tokens of a sequence, also after its end; reading the usage of an ended one forgets it."""
@@ -289,6 +302,13 @@ class Engine:
         for sequence, _ in shares:
             if sequence in self.running:
                 self._preempt(sequence)
+
+
+def _fixed_steps(model: Transformer, state: State, settings: Settings) -> FixedSteps | None:
+    """Captured ones on a card, compiled ones on the CPU if asked for."""
+    if model.embed.weight.is_cuda:
+        return FixedSteps(model, state, settings.slots, StepGraph)
+    return FixedSteps(model, state, settings.slots, CompiledStep) if settings.compile_steps else None
 
 
 def _piece(sequence: Sequence, share: Share) -> Piece:

@@ -1,16 +1,19 @@
-"""Captured steps: a decoding step as one CUDA graph.
+"""Steps of fixed shapes: what a decoding step needs to be captured once and replayed, or compiled once and called.
 
-A step launches hundreds of kernels, each for a few microseconds of work; the host cannot launch them as fast as the
-card finishes them. So a step is captured once, as a graph of its kernels, and replayed: the host hands over tokens,
-positions and slots, and launches a single thing.
+A graph or a compiled function is made for fixed shapes. Sequences are padded to a power of two, and the page lists to a
+power of four; the padding works on a slot of its own, at position 0, where nothing is finished and nobody looks. The
+step reads its tokens, positions and slots from tensors, which are filled anew before each run.
 
-A graph is made for fixed shapes. Sequences are padded to a power of two, and the page lists to a power of four; the
-padding works on a slot of its own, at position 0, where nothing is finished and nobody looks. The first step of a shape
-runs twice before its capture, with its true tokens: a step that is repeated writes the same values into the same rows.
+On a card a step is captured as one CUDA graph. It launches hundreds of kernels, each for a few microseconds of work;
+the host cannot launch them as fast as the card finishes them. Replayed, they are a single launch. The first step of a
+shape runs twice before its capture, with its true tokens: a step that is repeated writes the same values into the same
+rows. For the CPU see `compiled.py`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from collections.abc import Sequence as ListOf
 
 import torch
@@ -24,8 +27,8 @@ from leadline.model.transformer import Output, Transformer
 WARM_UP_RUNS = 2
 
 
-class StepGraph:
-    """A captured step of `sequences` x `length` tokens, none beyond `longest` tokens."""
+class FixedStep(ABC):
+    """A step of `sequences` x `length` tokens, none beyond `longest` tokens."""
 
     def __init__(self, model: Transformer, state: State, sequences: int, length: int, longest: int):
         device = state.device
@@ -34,13 +37,35 @@ class StepGraph:
         self._slots_N = torch.zeros(sequences, dtype=torch.int64, device=device)
         self._model, self._state = model, state
         self._segment = Segment.on_device(self._tokens_T, self._positions_T, self._slots_N, longest)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._result: tuple[Output, Tensor] | None = None
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds that went into compiling the step; a capture takes none to speak of."""
+        return 0.0
 
     def run(self, tokens: ListOf[int], positions: ListOf[int], slots: ListOf[int]) -> tuple[Output, Tensor]:
-        """Output and logits of all rows, padding included; they are overwritten by the next run."""
+        """Output and logits of all rows, padding included; the next run may overwrite them."""
         for place, values in ((self._tokens_T, tokens), (self._positions_T, positions), (self._slots_N, slots)):
             place.copy_(torch.tensor(values, dtype=torch.int64), non_blocking=True)
+        return self._compute()
+
+    @abstractmethod
+    def _compute(self) -> tuple[Output, Tensor]:
+        """The step with what the tensors hold now."""
+
+    @torch.no_grad()
+    def predict_second(self, output: Output, next_T: Tensor) -> Tensor:
+        """Hidden vectors of the MTP block behind the last run, [T, D]."""
+        return self._model.predict_second(output, next_T, self._state)[0]
+
+
+class StepGraph(FixedStep):
+    """A captured step."""
+
+    _graph: torch.cuda.CUDAGraph | None = None
+    _result: tuple[Output, Tensor] | None = None
+
+    def _compute(self) -> tuple[Output, Tensor]:
         if self._graph is None:
             self._capture()
         assert self._graph is not None
@@ -66,28 +91,44 @@ class StepGraph:
         return output, self._model.logits(self._model.hidden(output.streams_TSD))
 
 
-class StepGraphs:
-    """The graphs of a model and its state, made when their shape comes up. padding_slot: a slot of nobody."""
+StepMaker = Callable[[Transformer, State, int, int, int], FixedStep]
 
-    def __init__(self, model: Transformer, state: State, padding_slot: int):
-        self._model, self._state, self._padding_slot = model, state, padding_slot
-        self._graphs: dict[tuple[int, int, int], StepGraph] = {}
+
+class FixedSteps:
+    """The fixed steps of a model and its state, made when their shape comes up. padding_slot: a slot of nobody."""
+
+    def __init__(self, model: Transformer, state: State, padding_slot: int, make: StepMaker):
+        self._model, self._state, self._padding_slot, self._make = model, state, padding_slot, make
+        self._steps: dict[tuple[int, int, int], FixedStep] = {}
+        self._latest: tuple[Output, FixedStep] | None = None
 
     def run(self, tokens: ListOf[ListOf[int]], past: ListOf[int], slots: ListOf[int]) -> tuple[Output, Tensor]:
         """A step that brings the same number of tokens of each sequence. The rows of the padding come last."""
         length, padding = len(tokens[0]), power_of(2, len(tokens)) - len(tokens)
         longest = self._longest(max(past) + length)
         key = len(tokens) + padding, length, longest
-        if key not in self._graphs:
-            self._graphs[key] = StepGraph(self._model, self._state, *key)
-        return self._graphs[key].run(
+        if key not in self._steps:
+            self._steps[key] = self._make(self._model, self._state, *key)
+        step = self._steps[key]
+        output, logits_TV = step.run(
             [token for run in tokens for token in run] + [0] * (padding * length),
             [first + place for first in past for place in range(length)] + [0] * (padding * length),
             [*slots, *[self._padding_slot] * padding],
         )
+        self._latest = output, step
+        return output, logits_TV
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds that went into compiling the steps so far."""
+        return sum(step.compile_seconds for step in self._steps.values())
+
+    def step_of(self, output: Output) -> FixedStep | None:
+        """The step whose latest run gave this output; None when it was not the latest, or none of them."""
+        return self._latest[1] if self._latest is not None and self._latest[0] is output else None
 
     def _longest(self, tokens: int) -> int:
-        """Tokens for which a graph is made: a power of four pages, but no more than a slot can have."""
+        """Tokens for which a step is made: a power of four pages, but no more than a slot can have."""
         pages = min(power_of(4, num_pages(tokens)), self._state.pages.pages_per_slot)
         return pages * PAGE_TOKENS
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leadline.engine.graph import StepGraphs
+from leadline.engine.graph import FixedSteps
 from leadline.model.segment import Segment
 from leadline.model.state import State
 from leadline.model.transformer import DraftBlocks, Output, Transformer
@@ -26,20 +26,19 @@ class Piece:
 
 
 class Runner:
-    """A model and the state of everything it serves. padding_slot: a slot of nobody, for captured steps."""
+    """A model and the state of everything it serves. steps: decoding steps of fixed shapes, where there are such."""
 
-    def __init__(self, model: Transformer, state: State, padding_slot: int):
-        self.model, self.state = model, state
+    def __init__(self, model: Transformer, state: State, steps: FixedSteps | None):
+        self.model, self.state, self.steps = model, state, steps
         self.device = model.embed.weight.device
-        self._graphs = StepGraphs(model, state, padding_slot) if self.device.type == "cuda" else None
 
     @torch.no_grad()
     def run(self, pieces: ListOf[Piece], step: bool = False) -> tuple[Output, Tensor]:
         """One forward pass: its output, and FP32 logits [wanted rows of all pieces, V]. step: the pieces are equally
-        long and no longer than what the state's spare tokens allow; then it is a captured one where there are such."""
-        if step and self._graphs is not None:
+        long and no longer than what the state's spare tokens allow; then it is one of the fixed ones where there are such."""
+        if step and self.steps is not None:
             tokens, past, slots = zip(*((piece.tokens, piece.past, piece.slot) for piece in pieces), strict=True)
-            output, logits_TV = self._graphs.run(tokens, past, slots)
+            output, logits_TV = self.steps.run(tokens, past, slots)
             return output, logits_TV[self._rows(_wanted_rows(pieces))]
         segment = Segment.of(
             *(piece.tokens for piece in pieces),
@@ -57,7 +56,11 @@ class Runner:
         the step. It takes in every row, so that its window moves along with the trunk's."""
         padding = output.index.segment.num_tokens - len(next_tokens)
         next_T = self._rows([*next_tokens, *[0] * padding])
-        hidden_TD, _ = self.model.predict_second(output, next_T, self.state)
+        step = self.steps.step_of(output) if self.steps is not None else None
+        if step is not None:
+            hidden_TD = step.predict_second(output, next_T)
+        else:
+            hidden_TD, _ = self.model.predict_second(output, next_T, self.state)
         return self.model.logits(hidden_TD[self._rows(rows)])
 
     @torch.no_grad()

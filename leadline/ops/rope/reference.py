@@ -16,11 +16,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if x.ndim == 3:  # one angle for all heads of a token
         cos, sin = cos[:, None], sin[:, None]
     pairs = wide(x[..., -width:]).unflatten(-1, (-1, 2)).contiguous()
-    # (2k, 2k+1) is a complex number
-    turned = rowwise(lambda p, c, s: torch.view_as_complex(p) * torch.complex(c, s), pairs, cos, sin)
+    turn = _turn_parts if torch.compiler.is_compiling() else _turn_complex
     y = x.clone(memory_format=torch.contiguous_format)
-    y[..., -width:] = torch.view_as_real(turned).flatten(-2)
+    y[..., -width:] = rowwise(turn, pairs, cos, sin).flatten(-2)
     return y
+
+
+def _turn_complex(pairs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(2k, 2k+1) is a complex number."""
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+
+
+def _turn_parts(pairs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same written out, for torch.compile, which makes no code for complex numbers."""
+    real, imaginary = pairs.unbind(-1)
+    return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
 
 
 class Rotation(torch.autograd.Function):
