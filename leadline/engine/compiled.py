@@ -127,9 +127,7 @@ def _end(model: Transformer, streams_TSD: Tensor) -> Tensor:
     return model.logits(model.hidden(streams_TSD))
 
 
-def _predict(
-    model: Transformer, streams_TSD: Tensor, next_T: Tensor, index: SegmentIndex, state: LayerState
-) -> Tensor:
+def _predict(model: Transformer, streams_TSD: Tensor, next_T: Tensor, index: SegmentIndex, state: LayerState) -> Tensor:
     block = model.mtp[0]
     assert isinstance(block, MTPBlock)
     return block.predict(streams_TSD, model.embed(next_T), index, state, model.cache_format)[0]

@@ -96,9 +96,7 @@ class Attention(nn.Module):
 
     def keys(self, x_TD: Tensor, rotation: Rotation, cache_format: CacheFormat) -> Tensor:
         """Window keys [T, K], rotated at their positions and rounded as the cache keeps them."""
-        return norm_rope(
-            self.wkv(x_TD), *rotation, weight=self.kv_norm.weight, eps=self.eps, rounding=cache_format.key
-        )
+        return norm_rope(self.wkv(x_TD), *rotation, weight=self.kv_norm.weight, eps=self.eps, rounding=cache_format.key)
 
     def _attend(
         self, q_THK: Tensor, keys: Source, entries: Source | None, picked_TM: Tensor | None, index: SegmentIndex

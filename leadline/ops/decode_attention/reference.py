@@ -58,9 +58,7 @@ def decode_attention_reference(
     return torch.cat([o_bHK for o_bHK, _ in tiles]), torch.cat([lse_bH for _, lse_bH in tiles])
 
 
-def _attend(
-    q_bHK: Tensor, lists: list[tuple[Tensor | PackedKeys, Tensor]], sink_H: Tensor
-) -> tuple[Tensor, Tensor]:
+def _attend(q_bHK: Tensor, lists: list[tuple[Tensor | PackedKeys, Tensor]], sink_H: Tensor) -> tuple[Tensor, Tensor]:
     """o and lse of some queries that look into the rows of one or two sources."""
     width, dtype = q_bHK.shape[2], q_bHK.dtype
     keys_bXK = wide(torch.cat([_gathered(source, rows_bX, width, dtype) for source, rows_bX in lists], dim=1))
