@@ -34,6 +34,7 @@ from leadline.model.segment_index import SegmentIndex
 from leadline.model.signals import IndexerSignals, Training
 from leadline.model.state import LayerState
 from leadline.ops.cache_rows import Source
+from leadline.ops.cache_step import Finish, finished, store_keys
 from leadline.ops.decode_attention import decode_attention
 from leadline.ops.indexer_loss import indexer_loss, indexer_recall
 from leadline.ops.norm_rope import norm_rope
@@ -72,8 +73,7 @@ class Attention(nn.Module):
         q_latent_TQ = rms_norm(self.wq_a(x_TD), self.q_norm.weight, self.eps)
         q_THK = self.wq_b(q_latent_TQ).unflatten(-1, (self.heads, self.width))
         q_THK = norm_rope(q_THK, *rotation, eps=self.eps)
-        keys_TK = self.keys(x_TD, rotation, cache_format)
-        keys = keys_TK if state is None else state.with_past(keys_TK, index.ring)
+        keys = self._keys(x_TD, index, state, cache_format)
 
         entries = picked_TM = operands = None
         if self.compressor is not None:
@@ -96,7 +96,18 @@ class Attention(nn.Module):
 
     def keys(self, x_TD: Tensor, rotation: Rotation, cache_format: CacheFormat) -> Tensor:
         """Window keys [T, K], rotated at their positions and rounded as the cache keeps them."""
-        return norm_rope(self.wkv(x_TD), *rotation, weight=self.kv_norm.weight, eps=self.eps, rounding=cache_format.key)
+        return finished(self.wkv(x_TD), Finish(self.kv_norm.weight, self.eps, *rotation, cache_format.key))
+
+    def _keys(self, x_TD: Tensor, index: SegmentIndex, state: LayerState | None, cache_format: CacheFormat) -> Source:
+        """The window keys that the queries see, gathered, or the state's own store, of which `index.lookup` names
+        rows; the state keeps the new ones."""
+        rotation = index.rotation(self.ratio)
+        if state is not None and index.lookup is not None:
+            finish = Finish(self.kv_norm.weight, self.eps, *rotation, cache_format.key)
+            store_keys(self.wkv(x_TD), finish, index.ring.keep_ring, state.window.source)
+            return state.window.source
+        keys_TK = self.keys(x_TD, rotation, cache_format)
+        return keys_TK if state is None else state.with_past(keys_TK, index.ring)
 
     def _attend(
         self, q_THK: Tensor, keys: Source, entries: Source | None, picked_TM: Tensor | None, index: SegmentIndex

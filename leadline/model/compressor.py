@@ -24,8 +24,9 @@ from leadline.model.linear import Linear, Norm, linear_fp32
 from leadline.model.segment_index import SegmentIndex
 from leadline.model.state import CompressorState
 from leadline.ops.cache_rows import Source
+from leadline.ops.cache_step import Finish, finished, store_entries
 from leadline.ops.gated_pool import gated_pool
-from leadline.ops.norm_rope import Rounding, norm_rope
+from leadline.ops.norm_rope import Rounding
 
 
 class PlaceRows(torch.autograd.Function):
@@ -64,24 +65,31 @@ class Compressor(nn.Module):
         """What the layer's queries can see: all entries [C, width] in the dtype of x, as `index.reach` counts them, or
         the state's own store, of which `index.lookup` names rows."""
         rows = index.pool[self.ratio]
-        values_TE = linear_fp32(x_TD, self.wkv.weight)
-        scores_TE = linear_fp32(x_TD, self.wgate.weight) + PlaceRows.apply(self.ape, index.positions_T % self.ratio)
+        finish = Finish(self.norm.weight, self.eps, *index.entry_rotation(self.ratio), rounding)
+        values_TE, scores_TE = linear_fp32(x_TD, self.wkv.weight), linear_fp32(x_TD, self.wgate.weight)
+        if state is not None and index.lookup is not None:
+            return self._step(values_TE, scores_TE, index, state, finish)
+        scores_TE = scores_TE + PlaceRows.apply(self.ape, index.positions_T % self.ratio)
         if state is None:
-            return self._entries(values_TE, scores_TE, index, x_TD.dtype, rounding)
+            return self._entries(values_TE, scores_TE, index, x_TD.dtype, finish)
         past_and_new = state.with_past(values_TE, scores_TE, rows)
-        if len(rows.rows_CG):  # most decoding steps finish no entry
-            state.entries.write(rows.entry_rows_C, self._entries(*past_and_new, index, x_TD.dtype, rounding))
+        if len(rows.rows_CG):
+            state.entries.write(rows.entry_rows_C, self._entries(*past_and_new, index, x_TD.dtype, finish))
         return state.entries.source if rows.seen_X is None else state.entries.read(rows.seen_X)
 
+    def _step(
+        self, values_TE: Tensor, scores_TE: Tensor, index: SegmentIndex, state: CompressorState, finish: Finish
+    ) -> Source:
+        """The state's own store, once the new tokens and what they finish are in the state."""
+        rows, store = index.pool[self.ratio], state.entries
+        store_entries(
+            values_TE, scores_TE, self.ape, index.positions_T, *state.tails, rows.keep_ring, rows.rows_CG, store.dtype,
+            finish, rows.entry_rows_C, store.source,
+        )  # fmt: skip
+        return store.source
+
     def _entries(
-        self,
-        values_YE: Tensor,
-        scores_YE: Tensor,
-        index: SegmentIndex,
-        dtype: torch.dtype,
-        rounding: Rounding | None,
+        self, values_YE: Tensor, scores_YE: Tensor, index: SegmentIndex, dtype: torch.dtype, finish: Finish
     ) -> Tensor:
         """The entries that the segment makes [C, width], in `dtype`, rounded to what the cache can hold."""
-        new_CD = gated_pool(values_YE, scores_YE, index.pool[self.ratio].rows_CG, self.width).to(dtype)
-        rotation = index.entry_rotation(self.ratio)
-        return norm_rope(new_CD, *rotation, weight=self.norm.weight, eps=self.eps, rounding=rounding)
+        return finished(gated_pool(values_YE, scores_YE, index.pool[self.ratio].rows_CG, self.width).to(dtype), finish)

@@ -27,10 +27,11 @@ class Layout:
 class RingRows:
     """Row indices around one ring (a fixed number of recent rows per slot, position p at p mod length).
 
-    past_X: ring rows of the past that this segment still needs, sequence by sequence; None when nothing is gathered,
-    but read in the ring after the new rows have been stored there.
+    past_X: ring rows of the past that this segment still needs, sequence by sequence; None in a decoding step, which
+    gathers nothing, but reads in the ring after the new rows have been stored there.
     order_X: rows of [past rows, new rows] that put each sequence's new rows behind its past; None when they are there.
-    keep_new, keep_ring: which new rows to store, and in which ring rows, so that the ring holds the latest again.
+    keep_new, keep_ring: which new rows to store, and in which ring rows, so that the ring holds the latest again. A
+    step stores them all.
     """
 
     past_X: Tensor | None
@@ -44,8 +45,8 @@ class PoolRows:
     """Row indices of one compression ratio.
 
     past_X: as in `RingRows`.
-    rows_CG: rows of [past rows, new rows], or of the ring, for every slot of every entry that this segment makes, -1
-    empty.
+    rows_CG: rows of [past rows, new rows] for every slot of every entry that this segment makes, -1 empty. The past
+    rows of a step are the rings of all slots.
     entry_positions_C: position of each entry, which is that of the first token of its window.
     entry_rows_C: row of each entry among those of the state, -1 when it is not finished and goes nowhere.
     seen_X: rows of the entries that this segment sees, sequence by sequence; None when they are read where they are.

@@ -116,6 +116,11 @@ class Segment:
         return torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths)).to(self.device)
 
     @cached_property
+    def place_T(self) -> Tensor:
+        """Place of every new token among those of its own sequence, int64."""
+        return torch.cat([torch.arange(length) for length in self.lengths]).to(self.device)
+
+    @cached_property
     def slots_N(self) -> Tensor:
         """The slots as a tensor, int64."""
         return torch.tensor(self.slots, device=self.device)

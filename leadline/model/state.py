@@ -31,7 +31,6 @@ from leadline.model.page_table import PAGE_TOKENS, PageTable, num_pages, page_en
 from leadline.model.rows import Layout, PoolRows, RingRows, ring_length
 from leadline.model.segment import Segment
 from leadline.model.store import Store
-from leadline.ops.cache_rows import Source
 
 
 class StateError(ValueError):
@@ -46,15 +45,17 @@ class CompressorState:
     scores_NRE: Tensor
     entries: Store
 
+    @property
+    def tails(self) -> tuple[Tensor, Tensor]:
+        """Values and scores as rows [Y, E], the rings of all slots one behind the other."""
+        return self.values_NRE.flatten(0, 1), self.scores_NRE.flatten(0, 1)
+
     def with_past(self, values_TE: Tensor, scores_TE: Tensor, rows: PoolRows) -> tuple[Tensor, Tensor]:
-        """Values and scores of past and new tokens, gathered or in the ring, as `PoolRows.rows_CG` counts them; keeps
-        the latest."""
-        values, scores = self.values_NRE.flatten(0, 1), self.scores_NRE.flatten(0, 1)
-        if rows.past_X is None:
-            source = values, scores
-        elif not len(rows.past_X):
-            source = values_TE, scores_TE
-        else:
+        """Values and scores of past and new tokens, gathered as `PoolRows.rows_CG` counts them; keeps the latest."""
+        assert rows.past_X is not None
+        source = values_TE, scores_TE
+        values, scores = self.tails
+        if len(rows.past_X):
             source = torch.cat([values[rows.past_X], values_TE]), torch.cat([scores[rows.past_X], scores_TE])
         values[rows.keep_ring] = values_TE[rows.keep_new]
         scores[rows.keep_ring] = scores_TE[rows.keep_new]
@@ -69,12 +70,11 @@ class LayerState:
     entries: CompressorState | None = None
     index: CompressorState | None = None
 
-    def with_past(self, keys_TK: Tensor, rows: RingRows) -> Source:
-        """Window keys of past and new tokens, gathered as `Reach` counts them, or in the ring; keeps the latest."""
-        source: Source = keys_TK
-        if rows.past_X is None:
-            source = self.window.source
-        elif len(rows.past_X):
+    def with_past(self, keys_TK: Tensor, rows: RingRows) -> Tensor:
+        """Window keys of past and new tokens, gathered as `Reach` counts them; keeps the latest."""
+        assert rows.past_X is not None
+        source = keys_TK
+        if len(rows.past_X):
             keys_XK = torch.cat([self.window.read(rows.past_X), keys_TK])
             source = keys_XK if rows.order_X is None else keys_XK[rows.order_X]
         self.keep(keys_TK[rows.keep_new], rows)

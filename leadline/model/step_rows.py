@@ -43,43 +43,39 @@ class StepRows:
     def __init__(self, segment: Segment, window: int, layout: Layout):
         self._segment, self._window, self._spare = segment, window, layout.spare_tokens
         self._slot_T = segment.slots_N[segment.sequence_T]
+        self._new_T = torch.arange(segment.num_tokens, device=segment.device)
+        self._slots = layout.pages.slots
         pages = num_pages(max(past + length for past, length in zip(segment.past, segment.lengths, strict=True)))
         self._pages_NP = layout.pages.table_NP[segment.slots_N, :pages]
 
     def ring(self) -> RingRows:
         """Around the window."""
-        new_T = torch.arange(self._segment.num_tokens, device=self._segment.device)
-        return RingRows(None, None, new_T, self._ring_rows(new_T, 1, self._window)[:, 0])
+        return RingRows(None, None, self._new_T, self._ring_rows(self._new_T, 1, self._window)[:, 0])
 
     def pool(self, ratio: int) -> PoolRows:
         """Around the tails and entries of the layers of a ratio: one entry for every token that may finish one."""
         segment, token_C = self._segment, self._finishing(ratio)
         position_C = segment.positions_T[token_C]
-        finished_C = (position_C + 1) % ratio == 0
-        rows_CG = self._ring_rows(token_C, ring_length(ratio), ring_length(ratio))
-        # An entry that is not finished goes nowhere; its own token stands in for the slots, so that little is read.
-        rows_CG[:, :-1] = torch.where(finished_C[:, None], rows_CG[:, :-1], -1)
         page_C = self._pages_NP[segment.sequence_T[token_C], position_C // PAGE_TOKENS].long()
         entry_C = page_C * page_entries(ratio) + position_C % PAGE_TOKENS // ratio
-        new_T = torch.arange(segment.num_tokens, device=segment.device)
+        needed = ring_length(ratio)
         return PoolRows(
             past_X=None,
-            rows_CG=rows_CG,
+            rows_CG=self._past_or_new(token_C, needed),
             entry_positions_C=position_C // ratio * ratio,
-            entry_rows_C=torch.where(finished_C, entry_C, -1),
+            entry_rows_C=torch.where((position_C + 1) % ratio == 0, entry_C, -1),
             seen_X=None,
-            keep_new=new_T,
-            keep_ring=self._ring_rows(new_T, 1, ring_length(ratio))[:, 0],
+            keep_new=self._new_T,
+            keep_ring=self._ring_rows(self._new_T, 1, needed)[:, 0],
         )
 
     def lookup(self) -> Lookup:
         """What each token sees."""
         segment = self._segment
-        new_T = torch.arange(segment.num_tokens, device=segment.device)
         page_P = torch.arange(self._pages_NP.shape[1], device=segment.device)
         sees_TP = page_P < ((segment.positions_T + 1) // HCA_RATIO)[:, None]
         return Lookup(
-            window_TW=self._ring_rows(new_T, self._window, self._window).int(),
+            window_TW=self._ring_rows(self._new_T, self._window, self._window).int(),
             entries_TP=torch.where(sees_TP, self._pages_NP[segment.sequence_T], -1),
             pages_NP=self._pages_NP,
             visible_T=(segment.positions_T + 1) // CSA_RATIO,
@@ -103,6 +99,13 @@ class StepRows:
         behind = torch.arange(1 - count, 1, device=token_X.device)
         position_Xc = self._segment.positions_T[token_X, None] + behind
         return torch.where(position_Xc < 0, -1, self._slot_T[token_X, None] * ring + position_Xc % ring)
+
+    def _past_or_new(self, token_X: Tensor, count: int) -> Tensor:
+        """The same positions, in a ring that needs so many rows, as rows of [rings of all slots, new rows]."""
+        behind = torch.arange(1 - count, 1, device=token_X.device)
+        new_Xc = self._slots * (count + self._spare) + token_X[:, None] + behind
+        is_new_Xc = self._segment.place_T[token_X, None] + behind >= 0
+        return torch.where(is_new_Xc, new_Xc, self._ring_rows(token_X, count, count))
 
     def _finishing(self, ratio: int) -> Tensor:
         """The tokens that finish an entry where the host knows them, and else all tokens."""

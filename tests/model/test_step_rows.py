@@ -66,24 +66,25 @@ def test_the_window_of_every_token(drawn: tuple[Segment, Layout]) -> None:
 @given(drawn=steps(), known=st.booleans())
 def test_the_tokens_of_every_entry(ratio: int, drawn: tuple[Segment, Layout], known: bool) -> None:
     """Where the host knows the places, there are the finished entries alone; else one for each token, and those that
-    are not finished go nowhere and pool no token but their own."""
+    are not finished go nowhere. New tokens are read where they are, the past in its ring."""
     segment, layout = drawn
     known = known or len(set(segment.lengths)) > 1
     pool = StepRows(segment if known else as_the_device_sees_it(segment), WINDOW, layout).pool(ratio)
     ring = ring_length(ratio) + layout.spare_tokens
     assert (pool.past_X, pool.seen_X) == (None, None)
+    starts, rings = dict(zip(segment.slots, segment.starts, strict=True)), len(layout.pages.table_NP) * ring
+    past_of = dict(zip(segment.slots, segment.past, strict=True))
     expected = []
     for slot, position in places(segment):
         finished = (position + 1) % ratio == 0
-        tokens = [
-            slot * ring + p % ring if p >= 0 else -1 for p in range(position + 1 - ring_length(ratio), position + 1)
-        ]
+        first, tokens = past_of[slot], []
+        for p in range(position + 1 - ring_length(ratio), position + 1):
+            new_row, old_row = rings + starts[slot] + p - first, slot * ring + p % ring
+            tokens.append(-1 if p < 0 else old_row if p < first else new_row)
         page, place = divmod(position // ratio * ratio, 128)
         row = layout.pages.pages_of(slot)[page] * (128 // ratio) + place // ratio
-        if finished:
-            expected.append((tokens, position // ratio * ratio, row))
-        elif not known:
-            expected.append(([-1] * (len(tokens) - 1) + tokens[-1:], position // ratio * ratio, -1))
+        if finished or not known:
+            expected.append((tokens, position // ratio * ratio, row if finished else -1))
     found = zip(pool.rows_CG.tolist(), pool.entry_positions_C.tolist(), pool.entry_rows_C.tolist(), strict=True)
     assert list(found) == expected
     assert pool.rows_CG.shape[1] == ring_length(ratio)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from leadline.ops.cache_rows import Source, operands
-from leadline.ops.cache_step.reference import Finish, store_entries_reference, store_keys_reference
+from leadline.ops.cache_step.reference import Finish, finished, store_entries_reference, store_keys_reference
 from leadline.ops.dispatch import use_kernel
 
-__all__ = ["Finish", "store_entries", "store_keys"]
+__all__ = ["Finish", "finished", "store_entries", "store_keys"]
 
 
 def store_keys(x_TK: Tensor, finish: Finish, rows_T: Tensor, target: Source) -> None:

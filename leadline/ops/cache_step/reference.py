@@ -26,7 +26,7 @@ class Finish(NamedTuple):
 
 
 def finished(x_XK: Tensor, finish: Finish) -> Tensor:
-    """The vectors that are stored, in the dtype of x."""
+    """The vectors [X, K] that are stored, in the dtype of x. Differentiable in x and the weight."""
     weight_K, eps, cos_XP, sin_XP, rounding = finish
     return norm_rope(x_XK, cos_XP, sin_XP, weight=weight_K, eps=eps, rounding=rounding)
 
