@@ -38,6 +38,8 @@ GPU_SHAPES = [
     (1, 64, 512, 64, 128, 512),
     (5, 64, 512, 64, 128, 8192),
     (40, 128, 512, 64, 128, 1024),
+    (64, 64, 512, 64, 128, 512),
+    (64, 64, 512, 64, 128, 64),
     (4, 20, 512, 64, 70, None),
     (3, 40, 256, 64, 100, 3000),
     (3, 16, 128, 64, 127, 129),
@@ -120,6 +122,37 @@ def test_any_lists(data: st.DataObject) -> None:
     check_alone(arguments)
 
 
+def test_splits() -> None:
+    """Every place of both lists is in one split, whatever the number of queries; and many queries have few splits."""
+    from leadline.ops.decode_attention.kernel import FP32_TILES, HOPPER_TILES, MOST_SPLITS, TILES, Split
+
+    for shapes in (FP32_TILES, TILES, HOPPER_TILES):
+        for window, entries in ((1, 0), (128, 0), (128, 64), (128, 512), (127, 8192)):
+            counts = []
+            for blocks in (1, 2, 7, 8, 24, 32, 64, 128, 1000):
+                split = Split.of(window, entries, shapes, blocks)
+                tiles = -(-window // split.columns) + -(-entries // split.columns)
+                assert split.tiles & (split.tiles - 1) == 0
+                assert (split.splits - 1) * split.tiles < tiles <= split.splits * split.tiles
+                assert split.splits <= MOST_SPLITS
+                counts.append(split.splits)
+            assert counts == sorted(counts, reverse=True)
+            assert counts[-1] <= 2
+    assert Split.of(128, 512, HOPPER_TILES, 2) == Split.of(128, 512, HOPPER_TILES, 24) == Split(64, 1, 10, 4)
+    assert Split.of(128, 512, HOPPER_TILES, 128) == Split(128, 2, 3, 8)
+    assert Split.of(128, 8192, HOPPER_TILES, 10) == Split.of(128, 8192, HOPPER_TILES, 2) == Split(128, 2, 33, 8)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "floats"])
+def test_many_queries_interpreted(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as make lists few splits, without as many."""
+    from leadline.ops.decode_attention import kernel as module
+
+    monkeypatch.setattr(module, "ENOUGH_PROGRAMS", 4)
+    check(operands((3, 4, 16, 8, 20, 100), packed, torch.float32), 1e-6)
+
+
 @pytest.mark.interpret
 @pytest.mark.parametrize("sink", [-1000.0, 1000.0])
 def test_a_query_without_rows(sink: float) -> None:
@@ -184,8 +217,8 @@ def test_compiled_fp32() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("picks", [512, 8192])
 def test_compiled_alone_or_not(picks: int) -> None:
-    """Blocks of heads are larger in the batch than alone."""
-    check_alone(operands((12, 64, 512, 64, 128, picks), True, torch.bfloat16, "cuda"))
+    """Up to so many queries, lists are split as for one."""
+    check_alone(operands((12 if picks == 512 else 5, 64, 512, 64, 128, picks), True, torch.bfloat16, "cuda"))
 
 
 @pytest.mark.gpu

@@ -28,7 +28,7 @@ def decode_attention(
 
     Returns o_THK in the dtype of q and lse_TH = log of the denominator, FP32. A query without any row gets o = 0 and
     lse = sink. Not differentiable. The bits of a query's result depend on its own lists and on their lengths W and M,
-    never on T or on other queries.
+    never on other queries, and on T only where it is large: the kernel cuts lists into fewer parts then.
     """
     assert (entries is None) == (entry_rows_TM is None)
     assert entries is None or isinstance(entries, Tensor) == isinstance(window, Tensor)

@@ -10,9 +10,12 @@ Floors at a million tokens, one query of 64 heads of 512. HCA: 8,320 keys of 584
 on an H100. CSA: 640 keys, 0.1 us. Both are less than what starting two kernels takes, so the wait for lists, then rows,
 then products, one behind the other, is what counts.
 
-How the keys are split depends on the lengths W and M of the lists alone, and a block of heads computes the same for
-each of its heads whatever its size. So a query gets the same bits in every batch, while blocks are larger when there
-are more queries: a key is decoded once for all the heads of a block.
+How the keys are split depends on the lengths W and M of the lists and on nothing that is in them, and a block of heads
+computes the same for each of its heads whatever its size: blocks are larger when there are more queries, because a key
+is decoded once for all the heads of a block. Many queries fill the card without splits, and then the sums of splits
+would be most of the bytes: 84 MB for 64 queries of 640 keys, which are 24 MB. So from 8 queries of 64 heads on long
+lists, and from 13 on those of CSA layers, there are fewer splits the more queries there are. Below, a query gets the
+same bits in every batch.
 
 Lists are padded with -1 to their greatest length, so that shapes are static. A program whose rows are all -1 is done
 when it has read them.
@@ -34,6 +37,7 @@ from leadline.ops.opaque import opaque
 
 LOG2_E = math.log2(math.e)
 MOST_SPLITS = 33
+ENOUGH_PROGRAMS = 256  # about two for each multiprocessor of a large card; the same everywhere, so that bits are
 # Columns of a tile, and warps of a program that has one: on Hopper, elsewhere, and of FP32, which has no matrix unit.
 HOPPER_TILES, TILES, FP32_TILES = ((64, 4), (128, 8)), ((64, 4),), ((16, 4),)
 COLUMNS_OF_SUM = 128
@@ -173,17 +177,21 @@ class Split(NamedTuple):
     warps: int = 4
 
     @classmethod
-    def of(cls, window: int, entries: int, shapes: Sequence[tuple[int, int]]) -> Split:
-        """For lists of these lengths: at most MOST_SPLITS, so that what they leave stays small beside the cache.
+    def of(cls, window: int, entries: int, shapes: Sequence[tuple[int, int]], blocks: int) -> Split:
+        """For lists of these lengths: at most MOST_SPLITS, so that what they leave stays small beside the cache, and
+        for many queries about as many as make ENOUGH_PROGRAMS.
 
         shapes: columns and warps, the smallest first. The first is taken of which one tile in a split is enough, else
-        several of the last.
+        several of the last. blocks: of 32 heads, of all queries.
         """
+        wanted = min(MOST_SPLITS, max(1, ENOUGH_PROGRAMS // blocks))
         for columns, warps in shapes:
             total = max(1, triton.cdiv(window, columns) + triton.cdiv(entries, columns))
-            if total <= MOST_SPLITS:
+            if total <= wanted:
                 return cls(columns, 1, total, warps)
         tiles = triton.next_power_of_2(triton.cdiv(total, MOST_SPLITS))
+        while total >= 2 * tiles * wanted:
+            tiles *= 2
         return cls(columns, tiles, triton.cdiv(total, tiles), warps)
 
 
@@ -238,7 +246,8 @@ def decode_attention_kernel(
     rotary_width = None if window_scales is None else window.shape[1] - width
     lengths = window_rows_TW.shape[1], entry_rows_TM.shape[1]
     hopper = for_hopper(q_THK, rotary_width)
-    split = Split.of(*lengths, HOPPER_TILES if hopper else FP32_TILES if q_THK.dtype == torch.float32 else TILES)
+    shapes = HOPPER_TILES if hopper else FP32_TILES if q_THK.dtype == torch.float32 else TILES
+    split = Split.of(*lengths, shapes, num_queries * triton.cdiv(num_heads, 32))
     most_TSH = q_THK.new_empty((num_queries, split.splits, num_heads), dtype=torch.float32)
     total_TSH = torch.empty_like(most_TSH)
     sums_TSHK = most_TSH.new_empty((*most_TSH.shape, width))
