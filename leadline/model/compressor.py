@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from leadline.model.config import CSA_RATIO, ModelConfig
-from leadline.model.linear import Linear, Norm, linear_fp32
+from leadline.model.linear import Linear, Norm, twin_linear_fp32
 from leadline.model.segment_index import SegmentIndex
 from leadline.model.state import CompressorState
 from leadline.ops.cache_rows import Source
@@ -66,7 +66,7 @@ class Compressor(nn.Module):
         the state's own store, of which `index.lookup` names rows."""
         rows = index.pool[self.ratio]
         finish = Finish(self.norm.weight, self.eps, *index.entry_rotation(self.ratio), rounding)
-        values_TE, scores_TE = linear_fp32(x_TD, self.wkv.weight), linear_fp32(x_TD, self.wgate.weight)
+        values_TE, scores_TE = twin_linear_fp32(x_TD, self.wkv.weight, self.wgate.weight)
         if state is not None and index.lookup is not None:
             return self._step(values_TE, scores_TE, index, state, finish)
         scores_TE = scores_TE + PlaceRows.apply(self.ape, index.positions_T % self.ratio)

@@ -56,7 +56,9 @@ class SegmentIndex:
             self._reach |= {ratio: rows.entry_reach(ratio, self._reach[0]) for ratio in ratios}
         self.ring = rows.ring()
         self.pool: dict[int, PoolRows] = {ratio: rows.pool(ratio) for ratio in ratios}
-        self._rotation = {ratio: rotary.at(segment.positions_T, ratio) for ratio in (0, *ratios)}
+        self._rotation = {0: rotary.at(segment.positions_T, 0)}
+        if ratios:  # they all turn at one pace
+            self._rotation |= dict.fromkeys(ratios, rotary.at(segment.positions_T, ratios[0]))
         self._entry_rotation = {ratio: rotary.at(pool.entry_positions_C, ratio) for ratio, pool in self.pool.items()}
 
     @property

@@ -13,6 +13,7 @@ that no token finishes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,44 +42,56 @@ class StepRows:
     """Row indices of a segment whose sequences bring at most 1 + spare tokens."""
 
     def __init__(self, segment: Segment, window: int, layout: Layout):
-        self._segment, self._window, self._spare = segment, window, layout.spare_tokens
+        self._segment, self._window, self._layout = segment, window, layout
+        positions_T, device = segment.positions_T, segment.device
+        self._new_T = torch.arange(segment.num_tokens, device=device)
         self._slot_T = segment.slots_N[segment.sequence_T]
-        self._new_T = torch.arange(segment.num_tokens, device=segment.device)
-        self._slots = layout.pages.slots
         pages = num_pages(max(past + length for past, length in zip(segment.past, segment.lengths, strict=True)))
         self._pages_NP = layout.pages.table_NP[segment.slots_N, :pages]
+        self._seen_T = positions_T + 1
+        self._page_T = self._pages_NP[segment.sequence_T, positions_T // PAGE_TOKENS].long()
+        self._in_page_T = positions_T % PAGE_TOKENS
+        # The latest positions that each token looks back at, itself the last; shorter lists are the ends of these.
+        behind_B = torch.arange(1 - max(window, HCA_RATIO), 1, device=device)
+        self._position_TB = positions_T[:, None] + behind_B
+        self._missing_TB = self._position_TB < 0
+        self._is_new_TB = segment.place_T[:, None] + behind_B >= 0
+        self._new_TB = self._new_T[:, None] + behind_B
 
     def ring(self) -> RingRows:
         """Around the window."""
-        return RingRows(None, None, self._new_T, self._ring_rows(self._new_T, 1, self._window)[:, 0])
+        return RingRows(None, None, self._new_T, self._window_TW[:, -1].contiguous())
 
     def pool(self, ratio: int) -> PoolRows:
         """Around the tails and entries of the layers of a ratio: one entry for every token that may finish one."""
-        segment, token_C = self._segment, self._finishing(ratio)
-        position_C = segment.positions_T[token_C]
-        page_C = self._pages_NP[segment.sequence_T[token_C], position_C // PAGE_TOKENS].long()
-        entry_C = page_C * page_entries(ratio) + position_C % PAGE_TOKENS // ratio
-        needed = ring_length(ratio)
+        count = ring_length(ratio)
+        ring_TG = self._ring_rows(count)
+        rings = self._layout.pages.slots * (count + self._layout.spare_tokens)
+        rows_TG = torch.where(self._is_new_TB[:, -count:], rings + self._new_TB[:, -count:], ring_TG)
+        row_T = self._page_T * page_entries(ratio) + self._in_page_T // ratio
+        row_T = torch.where(self._seen_T % ratio == 0, row_T, -1)
+        first_T = self._segment.positions_T // ratio * ratio
+        kept = self._finishing(ratio)
         return PoolRows(
             past_X=None,
-            rows_CG=self._past_or_new(token_C, needed),
-            entry_positions_C=position_C // ratio * ratio,
-            entry_rows_C=torch.where((position_C + 1) % ratio == 0, entry_C, -1),
+            rows_CG=rows_TG[kept],
+            entry_positions_C=first_T[kept],
+            entry_rows_C=row_T[kept],
             seen_X=None,
             keep_new=self._new_T,
-            keep_ring=self._ring_rows(self._new_T, 1, needed)[:, 0],
+            keep_ring=ring_TG[:, -1].contiguous(),
         )
 
     def lookup(self) -> Lookup:
         """What each token sees."""
         segment = self._segment
         page_P = torch.arange(self._pages_NP.shape[1], device=segment.device)
-        sees_TP = page_P < ((segment.positions_T + 1) // HCA_RATIO)[:, None]
+        sees_TP = page_P < (self._seen_T // HCA_RATIO)[:, None]
         return Lookup(
-            window_TW=self._ring_rows(self._new_T, self._window, self._window).int(),
+            window_TW=self._window_TW.int(),
             entries_TP=torch.where(sees_TP, self._pages_NP[segment.sequence_T], -1),
             pages_NP=self._pages_NP,
-            visible_T=(segment.positions_T + 1) // CSA_RATIO,
+            visible_T=self._seen_T // CSA_RATIO,
         )
 
     def block_lookup(self) -> Lookup:
@@ -87,31 +100,30 @@ class StepRows:
         The sequences bring equally many tokens, at most the spare ones: the block's keys then lie in the rows that the
         next tokens' keys will take, and nobody's window is touched."""
         segment, length = self._segment, self._segment.lengths[0]
+        ring = self._window + self._layout.spare_tokens
         last_N = torch.tensor(segment.starts, device=segment.device) + (length - 1)
-        rows_NX = self._ring_rows(last_N, self._window + length, self._window).int()
+        behind_X = torch.arange(1 - self._window - length, 1, device=segment.device)
+        position_NX = segment.positions_T[last_N, None] + behind_X
+        rows_NX = torch.where(position_NX < 0, -1, self._slot_T[last_N, None] * ring + position_NX % ring).int()
         none = torch.empty(segment.num_tokens, 0, dtype=torch.int32, device=segment.device)
         return Lookup(rows_NX[segment.sequence_T], none, self._pages_NP, torch.zeros_like(segment.positions_T))
 
-    def _ring_rows(self, token_X: Tensor, count: int, needed: int) -> Tensor:
-        """Rows, in a ring that needs some rows and has the spare ones, of the `count` latest positions that each of
-        some tokens sees, itself the last; -1 before its sequence's first token."""
-        ring = needed + self._spare
-        behind = torch.arange(1 - count, 1, device=token_X.device)
-        position_Xc = self._segment.positions_T[token_X, None] + behind
-        return torch.where(position_Xc < 0, -1, self._slot_T[token_X, None] * ring + position_Xc % ring)
+    @cached_property
+    def _window_TW(self) -> Tensor:
+        return self._ring_rows(self._window)
 
-    def _past_or_new(self, token_X: Tensor, count: int) -> Tensor:
-        """The same positions, in a ring that needs so many rows, as rows of [rings of all slots, new rows]."""
-        behind = torch.arange(1 - count, 1, device=token_X.device)
-        new_Xc = self._slots * (count + self._spare) + token_X[:, None] + behind
-        is_new_Xc = self._segment.place_T[token_X, None] + behind >= 0
-        return torch.where(is_new_Xc, new_Xc, self._ring_rows(token_X, count, count))
+    def _ring_rows(self, count: int) -> Tensor:
+        """Rows, in the rings that hold so many positions and the spare ones, of the `count` latest positions that each
+        token sees; -1 before its sequence's first token."""
+        ring = count + self._layout.spare_tokens
+        row_Tc = (self._slot_T * ring)[:, None] + self._position_TB[:, -count:] % ring
+        return torch.where(self._missing_TB[:, -count:], -1, row_Tc)
 
-    def _finishing(self, ratio: int) -> Tensor:
+    def _finishing(self, ratio: int) -> Tensor | slice:
         """The tokens that finish an entry where the host knows them, and else all tokens."""
         segment = self._segment
         if not segment.places_known:
-            return torch.arange(segment.num_tokens, device=segment.device)
+            return slice(None)
         rows = [
             start + place
             for start, past, length in zip(segment.starts, segment.past, segment.lengths, strict=True)

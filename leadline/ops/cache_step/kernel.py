@@ -231,7 +231,7 @@ def store_keys_kernel(
 ) -> None:
     """`store_keys` for a target as `cache_rows.operands` gives it."""
     store_keys_fwd_kernel[(len(x_TK),)](
-        x_TK.contiguous(), weight_K, cos_TP.contiguous(), sin_TP.contiguous(), rows_T,
+        x_TK.contiguous(), weight_K.contiguous(), cos_TP.contiguous(), sin_TP.contiguous(), rows_T.contiguous(),
         values, rotary_view(values, scales), scales, eps,
         **_shape(x_TK.shape[1], cos_TP, rounding, x_TK.device), num_warps=max(1, x_TK.shape[1] // VALUES_PER_WARP),
     )  # fmt: skip
@@ -282,8 +282,9 @@ def store_entries_kernel(
     """`store_entries` for a target as `cache_rows.operands` gives it."""
     (tokens, columns), (entries, slots), width = values_TE.shape, slots_CG.shape, len(weight_K)
     store_entries_fwd_kernel[(entries + tokens,)](
-        values_TE.contiguous(), scores_TE.contiguous(), ape_RE, positions_T, values_YE, scores_YE, tail_rows_T,
-        slots_CG.contiguous(), weight_K, cos_CP.contiguous(), sin_CP.contiguous(), rows_C,
+        values_TE.contiguous(), scores_TE.contiguous(), ape_RE.contiguous(), positions_T.contiguous(),
+        values_YE, scores_YE, tail_rows_T.contiguous(), slots_CG.contiguous(),
+        weight_K.contiguous(), cos_CP.contiguous(), sin_CP.contiguous(), rows_C.contiguous(),
         values, rotary_view(values, scales), scales, eps, entries, len(values_YE),
         RATIO=len(ape_RE), G=slots, E=columns, SLOTS=min(SLOTS, triton.next_power_of_2(slots)),
         BLOCK_E=triton.next_power_of_2(columns), DTYPE=DTYPES[dtype],
