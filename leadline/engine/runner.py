@@ -35,7 +35,8 @@ class Runner:
     @torch.no_grad()
     def run(self, pieces: ListOf[Piece], step: bool = False) -> tuple[Output, Tensor]:
         """One forward pass: its output, and FP32 logits [wanted rows of all pieces, V]. step: the pieces are equally
-        long and no longer than what the state's spare tokens allow; then it is one of the fixed ones where there are such."""
+        long and no longer than what the state's spare tokens allow; it is then one of the fixed ones where there are
+        such."""
         if step and self.steps is not None:
             tokens, past, slots = zip(*((piece.tokens, piece.past, piece.slot) for piece in pieces), strict=True)
             output, logits_TV = self.steps.run(tokens, past, slots)

@@ -1,4 +1,4 @@
-"""The indexer for single queries in plain PyTorch: the keys of a few queries are gathered, and each query has its own."""
+"""The indexer for single queries in plain PyTorch: the keys of a few queries are gathered, to each its own."""
 
 from __future__ import annotations
 
