@@ -61,7 +61,7 @@ def test_entries_token_by_token(overlap: bool, new: int) -> None:
     weight = torch.rand(width)
     wanted = norm_rope(pooled, *angles, weight=weight, eps=1e-6)
 
-    tails = torch.full((2 * ring, columns), float("nan")), torch.full((2 * ring, columns), float("nan"))
+    kept_values, kept_scores = (torch.full((2 * ring, columns), float("nan")) for _ in range(2))
     target = torch.zeros(length // ratio, width)
     for first in range(0, length, new):
         token = torch.arange(first, first + new)
@@ -69,9 +69,9 @@ def test_entries_token_by_token(overlap: bool, new: int) -> None:
         rows = torch.where(behind < first, ring + behind % ring, 2 * ring + behind - first)
         finished = (token + 1) % ratio == 0
         store_entries(
-            values[token], scores[token], ape, token, *tails, ring + token % ring,
+            values[token], scores[token], ape, token, kept_values, kept_scores, ring + token % ring,
             torch.where(behind < 0, -1, rows), torch.float32,
-            Finish(weight, 1e-6, *(angle[token // ratio] for angle in angles), None),
+            Finish(weight, 1e-6, angles[0][token // ratio], angles[1][token // ratio], None),
             torch.where(finished, token // ratio, -1), target,
         )  # fmt: skip
     torch.testing.assert_close(target, wanted, rtol=0, atol=1e-6)

@@ -9,7 +9,7 @@ from torch import Tensor
 from leadline.formats.cache_entry import PackedIndex, PackedKeys, index_widths, key_widths
 from leadline.ops.cache_rows import Source, operands, read_rows
 from leadline.ops.cache_step import Finish, store_entries, store_keys
-from leadline.ops.dispatch import implementation
+from leadline.ops.dispatch import Implementation, implementation
 from leadline.ops.norm_rope import Rounding
 from leadline.ops.rope import rotations
 
@@ -73,7 +73,7 @@ def check_entries(
     columns, needed = (2 * width, 2 * ratio) if overlap else (width, ratio)
     ring, tokens = needed + new - 1, 2 * new
     made = [torch.randn(rows, columns, device=device) for rows in (tokens, tokens, ratio, 3 * ring, 3 * ring)]
-    values, scores, ape, *tails = made
+    values, scores, ape, old_values, old_scores = made
     first = torch.tensor([ratio - 1, 5 * ratio - 1 - new // 2], device=device)
     positions = (first[:, None] + torch.arange(new, device=device)).flatten()
     slot = torch.tensor([2, 0], device=device).repeat_interleave(new)
@@ -86,9 +86,10 @@ def check_entries(
     like = torch.empty(0, dtype=dtype, device=device)
     how = finish(tokens, width, rotary, rounding, like)
     found, wanted = (store(kind, rounding, 2 * tokens, width, rotary, like) for _ in range(2))
-    kept = []
-    for name, target in (("kernel", found), ("reference", wanted)):
-        kept.append([tail.clone() for tail in tails])
+    kept: list[tuple[Tensor, Tensor]] = []
+    choices: list[tuple[Implementation, Source]] = [("kernel", found), ("reference", wanted)]
+    for name, target in choices:
+        kept.append((old_values.clone(), old_scores.clone()))
         with implementation(name):
             store_entries(
                 values, scores, ape, positions, *kept[-1], slot * ring + positions % ring, slots, dtype, how, rows,
@@ -121,7 +122,7 @@ def test_entries_interpreted(kind: str, rounding: Rounding | None, ratio: int, o
 @pytest.mark.interpret
 def test_no_entry_interpreted() -> None:
     """Where the host knows that no token finishes an entry, the tails take in the tokens all the same."""
-    tails = [torch.zeros(8, 16), torch.zeros(8, 16)]
+    tails = torch.zeros(8, 16), torch.zeros(8, 16)
     values, scores, ape, target = torch.randn(2, 16), torch.randn(2, 16), torch.randn(8, 16), torch.full((2, 16), 3.0)
     nothing = torch.zeros(0, dtype=torch.int64)
     with implementation("kernel"):

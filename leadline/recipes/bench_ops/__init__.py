@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from leadline.recipes.bench_ops import (
     attention,
+    cache_step,
     decode,
     experts,
     gated_pool,
@@ -21,6 +22,7 @@ CASES: tuple[Case, ...] = (
     *attention.CASES,
     *indexer.CASES,
     *decode.CASES,
+    *cache_step.CASES,
     *pointwise.CASES,
     *norm_rope.CASES,
     *hyper_connection.CASES,
