@@ -13,7 +13,6 @@ from leadline.model.moe import MoE
 from leadline.model.segment_index import SegmentIndex
 from leadline.model.signals import BlockSignals, Training
 from leadline.model.state import LayerState
-from leadline.ops.rms_norm import rms_norm
 
 
 class Block(nn.Module):
@@ -35,13 +34,11 @@ class Block(nn.Module):
         cache_format: CacheFormat,
         training: Training | None = None,
     ) -> tuple[Tensor, BlockSignals | None]:
-        x_TSD, y_TD, post_TS, comb_TSS = self.hc_attn.mix_in(x_TSD)
-        y_TD = rms_norm(y_TD, self.attn_norm.weight, self.eps)
+        x_TSD, y_TD, post_TS, comb_TSS = self.hc_attn.mix_in(x_TSD, self.attn_norm)
         y_TD, indexer = self.attn(y_TD, index, state, cache_format, training)
         x_TSD = self.hc_attn.mix_out(x_TSD, y_TD, post_TS, comb_TSS)
 
-        x_TSD, y_TD, post_TS, comb_TSS = self.hc_ffn.mix_in(x_TSD)
-        y_TD = rms_norm(y_TD, self.ffn_norm.weight, self.eps)
+        x_TSD, y_TD, post_TS, comb_TSS = self.hc_ffn.mix_in(x_TSD, self.ffn_norm)
         y_TD, experts = self.ffn(y_TD, index.segment, training is not None)
         x_TSD = self.hc_ffn.mix_out(x_TSD, y_TD, post_TS, comb_TSS)
         return x_TSD, None if experts is None else BlockSignals(experts, indexer)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from leadline.model.config import ModelConfig
+from leadline.model.linear import Norm
 from leadline.ops import hyper_connection as op
 
 
@@ -36,9 +37,13 @@ class HyperConnection(nn.Module):
         self.base = nn.Parameter(torch.empty(rows))
         self.scale = nn.Parameter(torch.empty(3))
 
-    def mix_in(self, x_TSD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Collapse the streams: (X to go on with, y_TD in the dtype of X, post_TS FP32, comb_TSS FP32)."""
-        return op.mix_in(x_TSD, self.fn, self.base, self.scale, self.rounds, self.eps, self.rms_norm_eps)
+    def mix_in(self, x_TSD: Tensor, norm: Norm | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Collapse the streams: (X to go on with, y_TD in the dtype of X, post_TS FP32, comb_TSS FP32). With a norm, y
+        is normalised."""
+        parameters, numbers = (self.fn, self.base, self.scale), (self.rounds, self.eps, self.rms_norm_eps)
+        if norm is None:
+            return op.mix_in(x_TSD, *parameters, *numbers)
+        return op.mix_in_norm(x_TSD, *parameters, norm.weight, *numbers, self.rms_norm_eps)
 
     @staticmethod
     def mix_out(x_TSD: Tensor, out_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor) -> Tensor:

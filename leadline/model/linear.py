@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from leadline.ops.exact_linear import exact_linear
 from leadline.ops.invariance import is_batch_invariant, rows_times
-from leadline.ops.precision import ExactProduct, wide
-from leadline.ops.quantized_linear import QuantizedWeight, quantized_linear
+from leadline.ops.quantized_linear import QuantizedWeight, quantized_linear, quantized_linears
 from leadline.ops.twin_product import suits, twin_product
 
 
@@ -37,13 +37,26 @@ class Linear(nn.Module):
         self.product: Callable[[Tensor, Tensor], Tensor] = product
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.scale is None:
-            return self.product(x, self.weight)
-        return quantized_linear(x, QuantizedWeight(self.weight, self.scale, self.block_scale))
+        quantized = self.quantized
+        return self.product(x, self.weight) if quantized is None else quantized_linear(x, quantized)
+
+    @property
+    def quantized(self) -> QuantizedWeight | None:
+        """The weight, if it is quantised."""
+        return None if self.scale is None else QuantizedWeight(self.weight, self.scale, self.block_scale)
 
     def hold(self, weight: QuantizedWeight, name: str = "weight") -> None:
         """Replace the weight by a quantised one of the same shape; it no longer trains."""
         hold(self, name, weight)
+
+
+def linears(x_TD: Tensor, first: Linear, second: Linear) -> tuple[Tensor, ...]:
+    """Both maps of x. Where both are held in one format, x is rounded once, and few tokens are one launch."""
+    weights = [map.quantized for map in (first, second)]
+    quantized = [weight for weight in weights if weight is not None]
+    if len({weight.format for weight in quantized}) == 1 and len(quantized) == len(weights):
+        return quantized_linears(x_TD, quantized)
+    return first(x_TD), second(x_TD)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -109,11 +122,7 @@ class GroupedProduct(torch.autograd.Function):
 def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T with FP32 arithmetic and an FP32 result, for the places where the report keeps full precision: compressor
     projections, router and head."""
-    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16:
-        # Products of bfloat16 numbers are exact in FP32, so the matrix units may take them as they are: the head's
-        # weight is not copied into FP32 for every token.
-        return ExactProduct.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
-    return product(wide(x), wide(weight))
+    return exact_linear(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
 
 
 def twin_linear_fp32(x_TD: Tensor, first_ED: Tensor, second_ED: Tensor) -> tuple[Tensor, Tensor]:

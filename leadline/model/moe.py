@@ -1,6 +1,6 @@
 """Mixture of experts (report 2.1): one shared expert for every token, plus A of E routed ones.
 
-    out_t = shared(x_t) + sum_a expert_a(x_t),     expert(x) = W2 (weight x silu(min(W1 x, 10)) x clamp(W3 x, -10, 10))
+    out_t = sum_a expert_a(x_t) + shared(x_t),     expert(x) = W2 (weight x silu(min(W1 x, 10)) x clamp(W3 x, -10, 10))
 
 The gate weight is applied before the down projection: the same as after it in exact arithmetic, not under quantisation.
 Tokens are sorted by expert, so that each expert's matrix meets one run of rows; the sum over a token's experts is FP32
@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from leadline.model.config import ModelConfig
-from leadline.model.linear import Linear, hold, scale_names
-from leadline.model.router import Gate, Route
+from leadline.model.linear import Linear, hold, linears, scale_names
+from leadline.model.router import Gate
 from leadline.model.segment import Segment
 from leadline.model.signals import ExpertSignals
 from leadline.ops.grouped_linear import grouped_linear
-from leadline.ops.precision import wide
 from leadline.ops.quantized_linear import QuantizedWeight, quantized_grouped_linear
+from leadline.ops.route import Route
 from leadline.ops.swiglu import swiglu
-from leadline.ops.token_permutation import combine, dispatch, expert_order
+from leadline.ops.token_permutation import combine, dispatch
 
 TOKENS_PER_RUN = 2048
 
@@ -37,7 +37,7 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         e, f, d = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
-        self.num_experts, self.limit = e, config.swiglu_limit
+        self.limit = config.swiglu_limit
         self.w1 = nn.Parameter(torch.empty(e, f, d))
         self.w2 = nn.Parameter(torch.empty(e, d, f))
         self.w3 = nn.Parameter(torch.empty(e, f, d))
@@ -47,17 +47,13 @@ class Experts(nn.Module):
             self.register_buffer(block_scale, None, persistent=False)
         self.products: GroupedProducts = grouped_products
 
-    def forward(self, x_TD: Tensor, route: Route) -> tuple[Tensor, Tensor]:
-        """(sum over each token's experts, FP32 [T, D]; tokens per expert, int64 [E])."""
-        choices = route.experts_TA.shape[1]
-        order_X, counts_E = expert_order(route.experts_TA, self.num_experts)
-        x_XD = dispatch(x_TD, order_X, choices)
-        gate_XF, up_XF = self._multiply(x_XD, ("w1", "w3"), counts_E)
-        # A pair is a token with one choice here.
-        weights_X = dispatch(route.weights_TA.reshape(-1, 1), order_X, 1).squeeze(1)
-        hidden_XF = swiglu(gate_XF, up_XF, self.limit, weights_X)
+    def forward(self, x_TD: Tensor, route: Route, shared_TD: Tensor) -> Tensor:
+        """Sum over each token's experts, FP32, plus what all tokens share; [T, D] in the dtype of that."""
+        pair_X, _, counts_E = route.order
+        gate_XF, up_XF = self._multiply(dispatch(x_TD, route.order), ("w1", "w3"), counts_E)
+        hidden_XF = swiglu(gate_XF, up_XF, self.limit, route.weights_TA.flatten(), pair_X)
         (out_XD,) = self._multiply(hidden_XF, ("w2",), counts_E)
-        return combine(out_XD, order_X, choices), counts_E
+        return combine(out_XD, route.order, shared_TD)
 
     def hold(self, weight: QuantizedWeight, name: str) -> None:
         """Replace w1, w2 or w3 by a quantised stack of the same shape; it no longer trains."""
@@ -94,7 +90,8 @@ class SharedExpert(nn.Module):
         self.w3 = Linear(config.hidden_size, config.moe_intermediate_size)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.w2(swiglu(self.w1(x_TD), self.w3(x_TD), self.limit))
+        gate_TF, up_TF = linears(x_TD, self.w1, self.w3)
+        return self.w2(swiglu(gate_TF, up_TF, self.limit))
 
 
 def balance_loss(route: Route, segment: Segment) -> Tensor:
@@ -128,13 +125,12 @@ class MoE(nn.Module):
             # Tokens are independent here: a long prompt goes through in runs, so that the hidden vectors stay few.
             step = len(x_TD) if torch.is_grad_enabled() else TOKENS_PER_RUN
             runs = zip(x_TD.split(step), segment.tokens_T.split(step), strict=True)
-            return torch.cat([self._mix(x, self.gate(x, tokens))[0] for x, tokens in runs]), None
+            mixed = [self._mix(x, self.gate(x, tokens)) for x, tokens in runs]
+            return mixed[0] if len(mixed) == 1 else torch.cat(mixed), None
         route = self.gate(x_TD, segment.tokens_T)
-        out_TD, counts_E = self._mix(x_TD, route)
         loss = route.scores_TE.new_zeros(()) if self.hashed else balance_loss(route, segment)
-        return out_TD, ExpertSignals(loss, counts_E)
+        return self._mix(x_TD, route), ExpertSignals(loss, route.order.counts_E)
 
-    def _mix(self, x_TD: Tensor, route: Route) -> tuple[Tensor, Tensor]:
-        """(shared + routed experts in the dtype of x, tokens per expert)."""
-        routed_TD, counts_E = self.experts(x_TD, route)
-        return routed_TD.add_(wide(self.shared_experts(x_TD))).to(x_TD.dtype), counts_E
+    def _mix(self, x_TD: Tensor, route: Route) -> Tensor:
+        """Routed experts + shared one, in the dtype of x."""
+        return self.experts(x_TD, route, self.shared_experts(x_TD))

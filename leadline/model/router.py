@@ -10,27 +10,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from leadline.model.config import ModelConfig
 from leadline.model.linear import linear_fp32
-from leadline.ops.invariance import rowwise
-
-# softplus underflows to 0 for logits below -104. The root's gradient would be NaN there, and A zero scores would divide
-# by zero; the floors change no score of a logit above -82.
-SOFTPLUS_FLOOR = 1e-36
-SUM_FLOOR = 1e-20
-
-
-class Route(NamedTuple):
-    """experts_TA int64, weights_TA FP32, scores_TE FP32 (all experts, for the balance loss)."""
-
-    experts_TA: Tensor
-    weights_TA: Tensor
-    scores_TE: Tensor
+from leadline.ops.route import Route, route
 
 
 class Gate(nn.Module):
@@ -49,18 +34,9 @@ class Gate(nn.Module):
         self.register_buffer("tid2eid", table)
 
     def forward(self, x_TD: Tensor, tokens_T: Tensor) -> Route:
-        softplus_TE = rowwise(nn.functional.softplus, linear_fp32(x_TD, self.weight))
-        scores_TE = softplus_TE.clamp_min(SOFTPLUS_FLOOR).sqrt()
-        if self.tid2eid is not None:
-            experts_TA = self.tid2eid[tokens_T]
-        else:
-            assert self.bias is not None
-            # Stable: equal scores go to the lower expert, on every device.
-            ranked = torch.sort(scores_TE.detach() + self.bias, dim=-1, descending=True, stable=True).indices
-            experts_TA = ranked[:, : self.choices]
-        chosen_TA = scores_TE.gather(1, experts_TA)
-        weights_TA = chosen_TA / (chosen_TA.sum(-1, keepdim=True) + SUM_FLOOR) * self.route_scale
-        return Route(experts_TA, weights_TA, scores_TE)
+        logits_TE = linear_fp32(x_TD, self.weight)
+        experts_TA = None if self.tid2eid is None else self.tid2eid[tokens_T]
+        return route(logits_TE, self.bias, experts_TA, self.choices, self.route_scale)
 
 
 def balanced_hash_table(frequencies_V: Tensor, num_experts: int, choices: int, seed: int) -> Tensor:

@@ -36,6 +36,7 @@ from torch import Tensor
 from leadline.model.block import Block
 from leadline.model.hyper_connections import HyperConnection
 from leadline.model.init import COMB_DIAGONAL
+from leadline.model.linear import Norm
 from leadline.model.segment import Segment
 from leadline.model.transformer import Transformer
 from leadline.ops.sinkhorn import sinkhorn
@@ -106,9 +107,9 @@ def _mixing_logits(model: Transformer) -> Iterator[list[Tensor]]:
         watched.append((connection, vars(connection).get("mix_in")))
         original = connection.mix_in
 
-        def collecting(x_TSD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        def collecting(x_TSD: Tensor, norm: Norm | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             collected.append(connection.comb_logits(x_TSD))
-            return original(x_TSD)
+            return original(x_TSD, norm)
 
         connection.mix_in = collecting
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from leadline.model.config import TINY
 from leadline.model.hyper_connections import HyperConnection, StreamHead, spread
+from leadline.model.linear import Norm
+from leadline.ops.rms_norm import rms_norm
 
 CONFIG = TINY.replace(hidden_size=6, hc_mult=4)
 S, D = CONFIG.hc_mult, CONFIG.hidden_size
@@ -53,6 +55,14 @@ def test_mix_in_and_out(tokens: int) -> None:
             # the sum runs over the first index of comb
             expected = post_t[k] * out[t].double() + sum(comb_t[j, k] * x[t, j].double() for j in range(S))
             torch.testing.assert_close(mixed[t, k].double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_mix_in_with_a_norm() -> None:
+    connection, norm, x = random_connection(), Norm(D), torch.randn(5, S, D)
+    torch.nn.init.normal_(norm.weight)
+    (_, y, *coefficients), (_, normed, *others) = connection.mix_in(x), connection.mix_in(x, norm)
+    assert torch.equal(normed, rms_norm(y, norm.weight, CONFIG.rms_norm_eps))
+    assert all(torch.equal(one, other) for one, other in zip(coefficients, others, strict=True))
 
 
 def test_neutral_parameters() -> None:

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from leadline.model.config import TINY
-from leadline.model.linear import GroupedOutput, GroupedProduct, Linear, grouped_output
+from leadline.model.linear import GroupedOutput, GroupedProduct, Linear, grouped_output, linears
 from leadline.model.moe import Experts
-from leadline.model.router import Route
 from leadline.ops.quantized_linear import FORMATS, Format, quantize, quantized_linear
+from leadline.ops.route import Route
+from leadline.ops.token_permutation import expert_order
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -27,6 +28,18 @@ def test_one_forward_for_both(format: Format) -> None:
     state = linear.state_dict()
     assert state.keys() == {"weight", "scale"}
     assert (state["weight"].dtype, state["scale"].dtype) == (weight.codes.dtype, weight.scale.dtype)
+
+
+@pytest.mark.parametrize("formats", [("fp8", "fp8"), ("fp4", "fp4"), ("fp8", "fp4"), (None, "fp8"), (None, None)])
+def test_two_maps_of_one_input(formats: tuple[Format | None, Format | None]) -> None:
+    """Whatever they are held in, as one after the other."""
+    maps, x = (Linear(160, 130), Linear(160, 128)), torch.randn(3, 160)
+    for linear, format in zip(maps, formats, strict=True):
+        nn.init.normal_(linear.weight)
+        if format is not None:
+            linear.hold(quantize(linear.weight.detach(), format))
+    for found, linear in zip(linears(x, *maps), maps, strict=True):
+        assert torch.equal(found, linear(x))
 
 
 def test_a_floating_weight_has_no_scale_on_file() -> None:
@@ -48,10 +61,8 @@ def test_experts_hold_stacks(format: Format) -> None:
     assert experts.state_dict().keys() == {"w1", "w1_scale", "w2", "w2_scale", "w3", "w3_scale"}
     x, scores = torch.randn(9, TINY.hidden_size), torch.rand(9, TINY.n_routed_experts)
     chosen = scores.topk(2).indices
-    route = Route(chosen, scores.gather(1, chosen), scores)
-    out, counts = experts(x, route)
-    wanted, _ = plain(x, route)
-    assert counts.sum() == 18
+    route = Route(chosen, scores.gather(1, chosen), scores, expert_order(chosen, TINY.n_routed_experts))
+    out, wanted = (layer(x, route, torch.zeros_like(x)) for layer in (experts, plain))
     # Three roundings of activations to E4M3 are between the two.
     assert 0 < (out - wanted).norm() / wanted.norm() < 0.1
 

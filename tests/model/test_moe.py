@@ -8,12 +8,17 @@ from torch import Tensor
 
 from leadline.model.config import TINY
 from leadline.model.moe import Experts, MoE, balance_loss
-from leadline.model.router import Route
 from leadline.model.segment import Segment
+from leadline.ops.route import Route
+from leadline.ops.token_permutation import expert_order
 
 CONFIG = TINY.replace(
     hidden_size=8, moe_intermediate_size=6, n_routed_experts=5, num_experts_per_tok=2, swiglu_limit=1.0
 )
+
+
+def route_of(experts_TA: Tensor, weights_TA: Tensor, scores_TE: Tensor) -> Route:
+    return Route(experts_TA, weights_TA, scores_TE, expert_order(experts_TA, scores_TE.shape[1]))
 
 
 def random_moe(hashed: bool = False) -> MoE:
@@ -67,10 +72,9 @@ def test_an_expert_without_tokens_gets_a_zero_gradient() -> None:
     experts = Experts(CONFIG)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
-    route = Route(torch.tensor([[0, 3], [3, 1]]), torch.rand(2, 2), torch.rand(2, 5))
-    out, counts = experts(torch.randn(2, 8), route)
-    out.sum().backward()
-    assert counts.tolist() == [1, 1, 0, 2, 0]
+    route = route_of(torch.tensor([[0, 3], [3, 1]]), torch.rand(2, 2), torch.rand(2, 5))
+    experts(torch.randn(2, 8), route, torch.zeros(2, 8)).sum().backward()
+    assert route.order.counts_E.tolist() == [1, 1, 0, 2, 0]
     for weight in experts.parameters():
         assert weight.grad is not None
         assert not weight.grad[[2, 4]].any()
@@ -95,7 +99,7 @@ def balance_formula(route: Route, lengths: tuple[int, ...]) -> Tensor:
 def test_balance_loss(lengths: tuple[int, ...]) -> None:
     tokens = sum(lengths)
     scores = torch.rand(tokens, 5, requires_grad=True)
-    route = Route(torch.rand(tokens, 5).argsort(1)[:, :2], torch.rand(tokens, 2), scores)
+    route = route_of(torch.rand(tokens, 5).argsort(1)[:, :2], torch.rand(tokens, 2), scores)
     segment = Segment(torch.zeros(tokens, dtype=torch.int64), lengths, (0,) * len(lengths), tuple(range(len(lengths))))
     loss, expected = balance_loss(route, segment), balance_formula(route, lengths)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
@@ -108,14 +112,14 @@ def test_balance_loss_of_a_balanced_sequence_is_one() -> None:
     even = torch.tensor([[0, 1], [2, 3], [4, 0], [1, 2], [3, 4]])
     weights = torch.rand(5, 2)
     for experts, scores in ((even, torch.rand(5, 5)), (torch.zeros_like(even), torch.full((5, 5), 0.3))):
-        loss = balance_loss(Route(experts, weights, scores), Segment.of([0] * 5))
+        loss = balance_loss(route_of(experts, weights, scores), Segment.of([0] * 5))
         torch.testing.assert_close(loss, torch.tensor(1.0))
 
 
 def test_balance_loss_grows_with_concentration() -> None:
     """Everything on two experts, in scores and in counts: E / A."""
     scores = torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.0]]).repeat(6, 1)
-    loss = balance_loss(Route(torch.tensor([[0, 1]]).repeat(6, 1), torch.rand(6, 2), scores), Segment.of([0] * 6))
+    loss = balance_loss(route_of(torch.tensor([[0, 1]]).repeat(6, 1), torch.rand(6, 2), scores), Segment.of([0] * 6))
     torch.testing.assert_close(loss, torch.tensor(2.5))
 
 

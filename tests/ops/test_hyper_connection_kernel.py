@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from leadline.ops.dispatch import implementation
-from leadline.ops.hyper_connection import mix_head, mix_in, mix_out
+from leadline.ops.hyper_connection import mix_head, mix_in, mix_in_norm, mix_out
+from leadline.ops.rms_norm import rms_norm
 
 # tokens, streams, width
 SHAPES = [(1, 4, 6), (7, 4, 32), (19, 4, 4), (5, 3, 17), (3, 1, 8), (2, 2, 1030)]
 GPU_SHAPES = {
-    torch.bfloat16: [(1, 4, 4096), (127, 4, 7168), (4001, 4, 4096), (300, 4, 384)],
-    torch.float32: [(127, 4, 4096), (300, 4, 384)],
+    torch.bfloat16: [(1, 4, 4096), (3, 4, 7168), (64, 4, 4096), (127, 4, 7168), (4001, 4, 4096), (300, 4, 384)],
+    torch.float32: [(2, 4, 4096), (127, 4, 4096), (300, 4, 384)],
 }
 TOLERANCES = {torch.bfloat16: 4e-3, torch.float32: 1e-5}
 GPU_CASES = [(shape, dtype) for dtype, shapes in GPU_SHAPES.items() for shape in shapes]
@@ -40,6 +41,16 @@ def mix_head_inputs(tokens: int, streams: int, width: int, device: str = "cpu") 
 
 def into(rounds: int = 20) -> Callable[..., tuple[Tensor, ...]]:
     return lambda x, fn, base, scale: mix_in(x, fn, base, scale, rounds, 1e-6, 1e-6)
+
+
+def into_norm(rounds: int = 20, recorded: bool = False) -> Callable[..., tuple[Tensor, ...]]:
+    """With a norm; in one pass, unless gradients are recorded."""
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        x, fn, base, scale, weight = inputs if recorded else [x.detach() for x in inputs]
+        return mix_in_norm(x, fn, base, scale, weight, rounds, 1e-6, 1e-6, 1e-6)
+
+    return run
 
 
 def head(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> Tensor:
@@ -84,10 +95,36 @@ def test_several_slices_and_sums(
 
 
 @pytest.mark.interpret
+@pytest.mark.parametrize("tokens", [1, 4, 5, 9])
+@pytest.mark.parametrize(("step", "few"), [(0, 0), (0, 64), (4, 4), (16, 64)])
+@pytest.mark.usefixtures("small_pieces")
+def test_few_tokens(
+    tokens: int, step: int, few: int, against_reference: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without the ways that are meant for a step's few tokens."""
+    from leadline.ops.hyper_connection import kernel
+
+    monkeypatch.setattr(kernel, "TOKENS_OF_A_STEP", step)
+    monkeypatch.setattr(kernel, "FEW_TOKENS", few)
+    against_reference(into(3), mix_in_inputs(tokens, 4, 40), 2e-5)
+    against_reference(head, mix_head_inputs(tokens, 4, 40), 2e-5)
+    against_reference(into_norm(3), [*mix_in_inputs(tokens, 4, 40), torch.randn(40)], 2e-5)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 4, 8), (70, 4, 8)], ids=str)
+def test_mix_in_norm_interpreted(shape: tuple[int, int, int], against_reference: Callable[..., None]) -> None:
+    inputs = [*mix_in_inputs(*shape), torch.randn(shape[2])]
+    against_reference(into_norm(5), inputs, 1e-5)
+    against_reference(into_norm(5, recorded=True), inputs, 2e-5)
+
+
+@pytest.mark.interpret
 @pytest.mark.usefixtures("small_pieces")
 def test_slices_add_up_alike_in_one_program_and_in_many(monkeypatch: pytest.MonkeyPatch) -> None:
     from leadline.ops.hyper_connection import kernel
 
+    monkeypatch.setattr(kernel, "TOKENS_OF_A_STEP", 0)
     results = []
     for very_many in (1, 10**6):
         monkeypatch.setattr(kernel, "VERY_MANY_TOKENS", very_many)
@@ -129,22 +166,48 @@ def test_no_tokens(against_reference: Callable[..., None]) -> None:
 
 @pytest.mark.interpret
 def test_a_token_does_not_depend_on_its_neighbours() -> None:
+    """Among many, or among the few of a step."""
     x, *parameters = mix_in_inputs(70, 4, 8)
     with implementation("kernel"):
-        together, alone = into()(x, *parameters), into()(x[3:4], *parameters)
-    for all_tokens, one in zip(together, alone, strict=True):
-        assert torch.equal(all_tokens[3:4], one)
+        for several, fewer in ((70, 20), (16, 1)):
+            results = (into()(x[:tokens], *parameters) for tokens in (several, fewer))
+            for one, other in zip(*results, strict=True):
+                assert torch.equal(one[:fewer], other)
 
 
 @pytest.mark.gpu
 def test_a_token_on_the_card_does_not_depend_on_its_neighbours() -> None:
-    """Alone, and among so many that slices are added up in one program."""
+    """Among so many that slices are added up in one program, or a program does a row of columns; among few; in a
+    step."""
     x, *parameters = mix_in_inputs(5000, 4, 4096, "cuda")
     x = x.bfloat16()
-    alone = into()(x[777:778], *parameters)
-    for many in (5000, 2000):
-        for all_tokens, single in zip(into()(x[:many], *parameters), alone, strict=True):
-            assert torch.equal(all_tokens[777:778], single)
+    for sizes in ((5000, 2000, 65, 64, 17), (16, 4, 1)):
+        fewest = into()(x[: sizes[-1]], *parameters)
+        for tokens in sizes[:-1]:
+            for one, other in zip(into()(x[:tokens], *parameters), fewest, strict=True):
+                assert torch.equal(one[: sizes[-1]], other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 5, 16, 17, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_norm_in_the_same_pass_has_the_same_bits(tokens: int, dtype: torch.dtype) -> None:
+    x, *parameters = mix_in_inputs(tokens, 4, 4096, "cuda")
+    x, weight = x.to(dtype), torch.randn(4096, device="cuda").to(dtype)
+    _, y, *coefficients = into()(x, *parameters)
+    _, normed, *others = into_norm()(x, *parameters, weight)
+    assert torch.equal(normed, rms_norm(y, weight, 1e-6))
+    assert all(torch.equal(one, other) for one, other in zip(coefficients, others, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("shape", "dtype"), GPU_CASES, ids=str)
+def test_mix_in_norm_compiled(
+    shape: tuple[int, int, int], dtype: torch.dtype, against_reference: Callable[..., None]
+) -> None:
+    x, *parameters = mix_in_inputs(*shape, "cuda")
+    weight = torch.randn(shape[2], device="cuda")
+    against_reference(into_norm(), [x.to(dtype), *parameters, weight.to(dtype)], 2 * TOLERANCES[dtype])
 
 
 @pytest.mark.gpu

@@ -14,14 +14,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from leadline.ops.cross_entropy import cross_entropy
 from leadline.ops.dispatch import implementation
+from leadline.ops.exact_linear import exact_linear
 from leadline.ops.gated_pool import gated_pool
 from leadline.ops.grouped_linear import grouped_linear
-from leadline.ops.hyper_connection import mix_head, mix_in, mix_out
+from leadline.ops.hyper_connection import mix_head, mix_in, mix_in_norm, mix_out
 from leadline.ops.newton_schulz import newton_schulz
 from leadline.ops.norm_rope import norm_rope
 from leadline.ops.opaque import opaque
 from leadline.ops.rms_norm import rms_norm
 from leadline.ops.rope import rope
+from leadline.ops.route import route
 from leadline.ops.swiglu import swiglu
 from leadline.ops.token_permutation import combine, dispatch, expert_order
 
@@ -29,8 +31,19 @@ EPS = 1e-6
 
 
 def experts(x: Tensor, chosen: Tensor) -> Any:
-    order, counts = expert_order(chosen, 4)
-    return combine(dispatch(x, order, 2) * 2, order, 2), counts
+    order = expert_order(chosen, 4)
+    return combine(dispatch(x, order) * 2, order, x), order.counts_E
+
+
+def routed(logits: Tensor, bias: Tensor) -> Any:
+    experts, weights, scores, order = route(logits, bias, None, 2, 1.0)
+    return weights, scores, experts, *order
+
+
+def unrecorded(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, weight: Tensor) -> Any:
+    """Without gradients, but for the sum behind it."""
+    x, fn, base, scale, weight, free = (*(part.detach() for part in (x, fn, base, scale, weight)), x)
+    return *mix_in_norm(x, fn, base, scale, weight, 2, EPS, EPS, EPS)[1:], free.sum()
 
 
 # op: (function, shapes or ready tensors of its inputs). Integers are the same in every call.
@@ -48,8 +61,19 @@ CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...] | Tensor]]] = {
         [(5, 2, 32), (5, 2), (5, 2)],
     ),
     "swiglu": (lambda gate, up, scale: swiglu(gate, up, 1.0, scale), [(5, 8), (5, 8), (5,)]),
+    "swiglu with weights elsewhere": (
+        lambda gate, up, scale, place: swiglu(gate, up, 1.0, scale, place),
+        [(5, 8), (5, 8), (5,), torch.tensor([3, 0, 4, 1, 2])],
+    ),
+    "route few": (routed, [(5, 8), torch.tensor([0.0, 1.0] * 4)]),
+    "route many": (routed, [(11, 8), torch.tensor([0.0, 1.0] * 4)]),
+    "exact_linear": (lambda x, weight: exact_linear(x.detach(), weight.detach()) + x.sum(), [(3, 8), (5, 8)]),
     "swiglu without weights": (lambda gate, up: swiglu(gate, up, 1.0), [(5, 8), (5, 8)]),
     "mix_in": (lambda x, fn, base, scale: mix_in(x, fn, base, scale, 2, EPS, EPS), [(5, 4, 8), (24, 32), (24,), (3,)]),
+    "mix_in_norm": (
+        unrecorded,
+        [(5, 4, 8), (24, 32), (24,), (3,), (8,)],
+    ),
     "mix_out": (mix_out, [(5, 4, 8), (5, 8), (5, 4), (5, 4, 4)]),
     "mix_head": (lambda x, fn, base, scale: mix_head(x, fn, base, scale, EPS, EPS), [(5, 4, 8), (4, 32), (4,), (1,)]),
     "gated_pool": (
@@ -115,7 +139,7 @@ def test_fakes_look_like_the_results(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with implementation("kernel"), FakesMatch() as mode:
         outputs_and_gradients(CASES[name][0], inputs_of(name))
-    assert len(mode.seen) >= (1 if name == "newton_schulz" else 2)
+    assert len(mode.seen) >= (1 if name in ("newton_schulz", "exact_linear", "mix_in_norm") else 2)
 
 
 # torch's tracer makes an instance of each autograd function, against its own advice.

@@ -65,6 +65,16 @@ def test_any_layout_in(scattered: Callable[[Tensor], Tensor]) -> None:
         torch.testing.assert_close(plain, strided, rtol=1e-6, atol=1e-6)
 
 
+def test_scales_that_stand_elsewhere() -> None:
+    values = [torch.randn(6, 5), torch.randn(6, 5), torch.rand(6)]
+    place, dy = torch.tensor([3, 0, 5, 1, 4, 2]), torch.randn(6, 5)
+    gate, up, scale = inputs = [value.requires_grad_() for value in values]
+    y, expected = swiglu(gate, up, 1.0, scale, place), swiglu(gate, up, 1.0, scale[place])
+    assert torch.equal(y, expected)
+    found, wanted = torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+
+
 def test_low_precision_rounds_once() -> None:
     gate, up, scale = torch.randn(64, 32).bfloat16(), torch.randn(64, 32).bfloat16(), torch.rand(64)
     y, exact = swiglu(gate, up, 10.0, scale), formula(gate, up, 10.0, scale)

@@ -33,6 +33,14 @@ def test_any_layout_in(scattered: Callable[[Tensor], Tensor], against_reference:
 
 
 @pytest.mark.interpret
+@pytest.mark.parametrize("rows", [1, 5, 129])
+def test_scales_that_stand_elsewhere(rows: int, against_reference: Callable[..., None]) -> None:
+    place = torch.randperm(rows)
+    inputs = [torch.randn(rows, 6), torch.randn(rows, 6), torch.rand(rows)]
+    against_reference(lambda gate, up, scale: swiglu(gate, up, 2.0, scale, place), inputs, 2e-6)
+
+
+@pytest.mark.interpret
 def test_nan_is_not_clamped_away() -> None:
     gate = torch.tensor([[float("nan"), 1.0, 1.0, 50.0]])
     up = torch.tensor([[1.0, float("nan"), -50.0, 50.0]])
@@ -52,3 +60,11 @@ def test_compiled(
     gate, up = (torch.randn(2, *shape, device="cuda") * 3).to(dtype)
     scale = torch.rand(shape[0], device="cuda") if scaled else None
     against_reference(op, [gate, up, scale], tolerance)
+
+
+@pytest.mark.gpu
+def test_scales_that_stand_elsewhere_compiled(against_reference: Callable[..., None]) -> None:
+    place = torch.randperm(4001, device="cuda")
+    gate, up = torch.randn(2, 4001, 2048, device="cuda").bfloat16()
+    scale = torch.rand(4001, device="cuda")
+    against_reference(lambda gate, up, scale: swiglu(gate, up, 2.0, scale, place), [gate, up, scale], 4e-3)

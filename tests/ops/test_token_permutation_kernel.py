@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from leadline.ops.dispatch import implementation
-from leadline.ops.token_permutation import combine, dispatch, expert_order
+from leadline.ops.token_permutation import ExpertOrder, combine, dispatch, expert_order
 
 # tokens, choices, experts
 SIZES = [(1, 1, 1), (3, 2, 4), (4, 4, 4), (127, 2, 3), (128, 1, 200), (129, 6, 8), (0, 2, 4)]
-GPU_SIZES = [(1, 6, 256), (127, 6, 256), (4001, 6, 256), (4001, 6, 384), (8192, 8, 64), (0, 6, 256)]
+GPU_SIZES = [(1, 6, 256), (64, 6, 256), (127, 6, 256), (4001, 6, 256), (4001, 6, 384), (8192, 8, 64), (0, 6, 256)]
 
 
 @pytest.fixture
 def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     from leadline.ops.token_permutation import kernel
 
+    monkeypatch.setattr(kernel, "PAIRS_ALONE", 16)
     monkeypatch.setattr(kernel, "PAIRS_PER_RUN", 16)
     monkeypatch.setattr(kernel, "PAIRS_AT_ONCE", 4)
 
@@ -60,29 +61,33 @@ def test_all_to_one_expert() -> None:
 @pytest.mark.parametrize("width", [1, 5, 130])
 def test_rows(size: tuple[int, int, int], width: int, against_reference: Callable[..., None]) -> None:
     (tokens, choices, experts) = size
-    order, _ = expert_order(random_choices(*size), experts)
-    against_reference(lambda x: dispatch(x, order, choices), [torch.randn(tokens, width)], 1e-6)
-    against_reference(lambda y: combine(y, order, choices), [torch.randn(tokens * choices, width)], 1e-6)
+    order = expert_order(random_choices(*size), experts)
+    against_reference(lambda x: dispatch(x, order), [torch.randn(tokens, width)], 1e-6)
+    against_reference(lambda y: combine(y, order), [torch.randn(tokens * choices, width)], 1e-6)
+    rows = torch.randn(tokens * choices, width), torch.randn(tokens, width)
+    against_reference(lambda y, plus: combine(y, order, plus), rows, 1e-6)
 
 
 @pytest.mark.interpret
 def test_rows_longer_than_a_tile(against_reference: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     from leadline.ops.token_permutation import kernel
 
-    monkeypatch.setattr(kernel, "VALUES_PER_TILE", 32)
-    order, _ = expert_order(random_choices(9, 3, 4), 4)
-    against_reference(lambda x: dispatch(x, order, 3), [torch.randn(9, 100)], 1e-6)
-    against_reference(lambda y: combine(y, order, 3), [torch.randn(27, 100)], 1e-6)
+    monkeypatch.setattr(kernel, "VALUES_PER_SMALL_TILE", 32)
+    order = expert_order(random_choices(9, 3, 4), 4)
+    against_reference(lambda x: dispatch(x, order), [torch.randn(9, 100)], 1e-6)
+    against_reference(lambda y: combine(y, order), [torch.randn(27, 100)], 1e-6)
 
 
 @pytest.mark.interpret
 def test_any_layout_in(scattered: Callable[[Tensor], Tensor], against_reference: Callable[..., None]) -> None:
     chosen = random_choices(9, 3, 4)
     with implementation("kernel"):
-        order, _ = expert_order(scattered(chosen), 4)
-    assert torch.equal(order, expert_order(chosen, 4)[0])
-    against_reference(lambda x: dispatch(x, scattered(order), 3), [scattered(torch.randn(9, 6))], 1e-6)
-    against_reference(lambda y: combine(y, scattered(order), 3), [scattered(torch.randn(27, 6))], 1e-6)
+        order = expert_order(scattered(chosen), 4)
+    assert torch.equal(order.pair_X, expert_order(chosen, 4).pair_X)
+    strided = ExpertOrder(*map(scattered, order))
+    against_reference(lambda x: dispatch(x, strided), [scattered(torch.randn(9, 6))], 1e-6)
+    rows = scattered(torch.randn(27, 6)), scattered(torch.randn(9, 6))
+    against_reference(lambda y, plus: combine(y, strided, plus), rows, 1e-6)
 
 
 @pytest.mark.gpu
@@ -103,7 +108,8 @@ def test_rows_compiled(
     against_reference: Callable[..., None],
 ) -> None:
     (tokens, choices, experts) = size
-    order, _ = expert_order(random_choices(*size, "cuda"), experts)
+    order = expert_order(random_choices(*size, "cuda"), experts)
     x, y = (torch.randn(rows, width, device="cuda").to(dtype) for rows in (tokens, tokens * choices))
-    against_reference(lambda x: dispatch(x, order, choices), [x], tolerance)
-    against_reference(lambda y: combine(y, order, choices), [y], tolerance)
+    against_reference(lambda x: dispatch(x, order), [x], tolerance)
+    against_reference(lambda y: combine(y, order), [y], tolerance)
+    against_reference(lambda y, plus: combine(y, order, plus), [y, x], tolerance)

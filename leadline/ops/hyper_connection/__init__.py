@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from leadline.ops.dispatch import use_kernel
 from leadline.ops.hyper_connection import reference
 from leadline.ops.hyper_connection.reference import collapse, projection
+from leadline.ops.rms_norm import rms_norm
 
-__all__ = ["collapse", "mix_head", "mix_in", "mix_out", "projection"]
+__all__ = ["collapse", "mix_head", "mix_in", "mix_in_norm", "mix_out", "projection"]
 
 
 def mix_in(
@@ -35,6 +37,32 @@ def mix_in(
 
         return kernel.MixIn.apply(x_TSD, fn, base, scale, rounds, eps, rms_eps)
     return reference.MixIn.apply(x_TSD, fn, base, scale, rounds, eps, rms_eps)
+
+
+def mix_in_norm(
+    x_TSD: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    rounds: int,
+    eps: float,
+    rms_eps: float,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`mix_in`, and the RMS norm of y in its place: rms_norm(y, weight, norm_eps), [T, D].
+
+    Of few tokens without a gradient it is one pass; which tokens are few depends on the shape alone.
+    """
+    tensors = x_TSD, fn, base, scale, weight
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if not recorded and use_kernel("hyper_connection", x_TSD):
+        from leadline.ops.hyper_connection import kernel
+
+        if kernel.takes_norm(x_TSD):
+            return x_TSD, *kernel.mix_in_norm(*tensors, rounds, eps, rms_eps, norm_eps)
+    x_TSD, y_TD, post_TS, comb_TSS = mix_in(x_TSD, fn, base, scale, rounds, eps, rms_eps)
+    return x_TSD, rms_norm(y_TD, weight, norm_eps), post_TS, comb_TSS
 
 
 def mix_out(x_TSD: Tensor, out_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor) -> Tensor:

@@ -68,6 +68,32 @@ def hyper_connection_projection_fwd_kernel(
     tl.store(target, result, mask=(tokens < T)[:, None])
 
 
+@triton.jit(do_not_specialize=["T"])
+def hyper_connection_projection_step_kernel(
+    x_ptr,
+    fn_ptr,
+    partial_ptr,
+    T,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLICE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """What hyper_connection_projection_fwd_kernel leaves of one slice, for TOKENS tokens one after the other. A slice
+    of fn stays in registers."""
+    rows = tl.arange(0, BLOCK_ROWS)
+    columns = tl.program_id(0) * SLICE + tl.arange(0, SLICE)
+    inside = (rows < ROWS)[:, None] & (columns < WIDTH)[None, :]
+    fn = tl.load(fn_ptr + rows[:, None] * WIDTH + columns[None, :], mask=inside, other=0.0)
+    first = tl.program_id(1) * TOKENS
+    for token in range(first, min(first + TOKENS, T)):
+        x = tl.load(x_ptr + tl.cast(token, tl.int64) * WIDTH + columns, mask=columns < WIDTH, other=0.0)
+        x = x.to(tl.float32)[None, :]
+        products = tl.sum(tl.where((rows == ROWS)[:, None], x, fn) * x, axis=1)
+        tl.store(partial_ptr + (tl.program_id(0) * T + token) * BLOCK_ROWS + rows, products)
+
+
 # -- out of a sublayer ---------------------------------------------------------------------------------------------
 
 
@@ -190,6 +216,25 @@ def _normalized(comb, eps, S: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.conste
 
 
 @triton.jit
+def _sinkhorn(logits, ROUNDS: tl.constexpr, eps, S: tl.constexpr):
+    """comb of its logits, both tuples of S x S numbers or vectors."""
+    weights = ()
+    for place in tl.static_range(S * S):
+        largest = logits[place // S * S]
+        for k in tl.static_range(1, S):
+            largest = tl.maximum(largest, logits[place // S * S + k])
+        weights = weights + (tl.exp(logits[place] - largest),)
+    weights = _normalized(weights, 0.0, S, S, 1)
+    comb = ()
+    for place in tl.static_range(S * S):
+        comb = comb + (weights[place] + eps,)
+    comb = _normalized(comb, eps, S, 1, S)
+    for _ in range(ROUNDS - 1):
+        comb = _normalized(_normalized(comb, eps, S, S, 1), eps, S, 1, S)
+    return comb
+
+
+@triton.jit
 def _coefficients(
     tokens,
     partial_ptr,
@@ -229,19 +274,7 @@ def _coefficients(
         for place in tl.static_range(S * S):
             mix = tl.load(mixes_ptr + S + place, mask=inside, other=0.0)
             logits = logits + (mix * comb_scale + tl.load(base_ptr + 2 * S + place),)
-        weights = ()
-        for place in tl.static_range(S * S):
-            largest = logits[place // S * S]
-            for k in tl.static_range(1, S):
-                largest = tl.maximum(largest, logits[place // S * S + k])
-            weights = weights + (tl.exp(logits[place] - largest),)
-        weights = _normalized(weights, 0.0, S, S, 1)
-        comb = ()
-        for place in tl.static_range(S * S):
-            comb = comb + (weights[place] + eps,)
-        comb = _normalized(comb, eps, S, 1, S)
-        for _ in range(ROUNDS - 1):
-            comb = _normalized(_normalized(comb, eps, S, S, 1), eps, S, 1, S)
+        comb = _sinkhorn(logits, ROUNDS, eps, S)
         for place in tl.static_range(S * S):
             tl.store(comb_ptr + tokens * (S * S) + place, comb[place], mask=inside)
 
@@ -288,4 +321,132 @@ def hyper_connection_in_fwd_kernel(
         _coefficients(
             tokens, partial_ptr, base_ptr, scale_ptr, post_ptr, comb_ptr, mixes_ptr, inverse_rms_ptr, T, eps, rms_eps,
             ROUNDS, S, D, ROWS, PARTS, GROUP, BLOCK_ROWS,
+        )  # fmt: skip
+
+
+# -- into a sublayer, for few tokens -------------------------------------------------------------------------------
+
+
+@triton.jit
+def _projections_of_token(
+    token,
+    partial_ptr,
+    T,
+    rms_eps,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """_projections of one token, whose parts are few enough to be in registers together: every load is under way before
+    the first sum waits for one."""
+    rows = tl.arange(0, BLOCK_ROWS)
+    stride = T.to(tl.int64) * BLOCK_ROWS
+    parts = ()
+    for number in tl.static_range(PARTS):
+        parts = parts + (tl.load(partial_ptr + number * stride + token * BLOCK_ROWS + rows),)
+    total = 0.0
+    for first in tl.static_range(0, PARTS, GROUP):
+        group = parts[first]
+        for number in tl.static_range(first + 1, min(first + GROUP, PARTS)):
+            group += parts[number]
+        total += group
+    squares = tl.sum(tl.where(rows == ROWS, total, 0.0))
+    inverse_rms = tl.rsqrt(squares / WIDTH + rms_eps)
+    return total * inverse_rms, inverse_rms
+
+
+@triton.jit
+def _coefficients_of_token(
+    token,
+    mixes,
+    inverse_rms,
+    base_ptr,
+    scale_ptr,
+    post_ptr,
+    comb_ptr,
+    mixes_ptr,
+    inverse_rms_ptr,
+    eps,
+    ROUNDS: tl.constexpr,
+    S: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """_coefficients of one token, in numbers that all threads have alike."""
+    rows = tl.arange(0, BLOCK_ROWS)
+    tl.store(inverse_rms_ptr + token, inverse_rms)
+    mixes_ptr += token * ROWS
+    tl.store(mixes_ptr + rows, mixes, mask=rows < ROWS)
+    if ROWS > S:
+        tl.debug_barrier()  # other threads read now what was written above
+        post_scale, comb_scale = tl.load(scale_ptr + 1), tl.load(scale_ptr + 2)
+        logits = ()
+        for place in tl.static_range(S * S):
+            mix = tl.load(mixes_ptr + 2 * S + place)
+            logits = logits + (mix * comb_scale + tl.load(base_ptr + 2 * S + place),)
+        for k in tl.static_range(S):
+            post = tl.load(mixes_ptr + S + k) * post_scale + tl.load(base_ptr + S + k)
+            tl.store(post_ptr + token * S + k, 2 * tl.sigmoid(post))
+        comb = _sinkhorn(logits, ROUNDS, eps, S)
+        for place in tl.static_range(S * S):
+            tl.store(comb_ptr + token * (S * S) + place, comb[place])
+
+
+@triton.jit(do_not_specialize=["T"])
+def hyper_connection_in_step_kernel(
+    x_ptr,
+    partial_ptr,
+    base_ptr,
+    scale_ptr,
+    norm_ptr,
+    y_ptr,
+    post_ptr,
+    comb_ptr,
+    mixes_ptr,
+    inverse_rms_ptr,
+    T,
+    eps,
+    rms_eps,
+    norm_eps,
+    ROUNDS: tl.constexpr,
+    S: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """hyper_connection_in_fwd_kernel with a row of programs for each token: the last makes the coefficients, the others
+    y. norm: the weight of an RMS norm that follows; a program then has a whole y, which is rounded before as if it had
+    been stored."""
+    token = tl.program_id(0).to(tl.int64)
+    if tl.program_id(1) < tl.num_programs(1) - 1:
+        columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        streams = ()
+        for j in tl.static_range(S):
+            x = tl.load(x_ptr + (token * S + j) * D + columns, mask=columns < D, other=0.0)
+            streams = streams + (x.to(tl.float32),)
+        mixes, _ = _projections_of_token(
+            token, partial_ptr, T, rms_eps, S * D, ROWS, PARTS, GROUP, BLOCK_ROWS
+        )  # fmt: skip
+        rows, scale = tl.arange(0, BLOCK_ROWS), tl.load(scale_ptr)
+        y = tl.zeros((BLOCK_D,), tl.float32)
+        for j in tl.static_range(S):
+            mix = tl.sum(tl.where(rows == j, mixes, 0.0))
+            y += (tl.sigmoid(mix * scale + tl.load(base_ptr + j)) + eps) * streams[j]
+        if norm_ptr is not None:
+            y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
+            y *= tl.rsqrt(tl.sum(y * y, axis=0) / D + norm_eps)
+            y *= tl.load(norm_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+        tl.store(y_ptr + token * D + columns, y.to(y_ptr.dtype.element_ty), mask=columns < D)
+    else:
+        mixes, inverse_rms = _projections_of_token(
+            token, partial_ptr, T, rms_eps, S * D, ROWS, PARTS, GROUP, BLOCK_ROWS
+        )  # fmt: skip
+        _coefficients_of_token(
+            token, mixes, inverse_rms, base_ptr, scale_ptr, post_ptr, comb_ptr, mixes_ptr, inverse_rms_ptr, eps, ROUNDS,
+            S, ROWS, BLOCK_ROWS,
         )  # fmt: skip

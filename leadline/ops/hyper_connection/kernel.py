@@ -18,8 +18,10 @@ Into a sublayer there are two steps:
 
 - the projection leaves 24 partial products and a partial sum of squares for each token and each slice of its streams.
   Few tokens need many programs, one for each slice; many tokens have one program do several. Slices add up in the same
-  order either way, so that a token's result does not depend on how many tokens come along;
-- the collapse adds those up and reads the streams; other programs of the same launch make post and comb meanwhile.
+  order either way, so that a token's result does not depend on how many tokens come along. The matrix units need 64
+  tokens at once; up to `TOKENS_OF_A_STEP` are multiplied without them, which rounds the sums of a slice otherwise;
+- the collapse adds those up and reads the streams; other programs of the same launch make post and comb meanwhile. Up
+  to `FEW_TOKENS`, each token has programs of its own: what counts is then how soon the last of them is done.
 
 The head of the network is a `mix_in` of which only pre and y are wanted; fn has S rows there.
 
@@ -53,10 +55,14 @@ from leadline.ops.hyper_connection.backward_kernels import (
 )
 from leadline.ops.hyper_connection.forward_kernels import (
     hyper_connection_in_fwd_kernel,
+    hyper_connection_in_step_kernel,
     hyper_connection_out_fwd_kernel,
     hyper_connection_projection_fwd_kernel,
+    hyper_connection_projection_step_kernel,
 )
+from leadline.ops.invariance import is_batch_invariant
 from leadline.ops.opaque import opaque
+from leadline.ops.rms_norm import kernel as rms_norm
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,16 @@ TOKENS_PER_SUM = 2048  # tokens in one partial sum of the gradient of fn
 TOKENS_PER_GATE_SUM = 128  # and in one of the gradients of base and scale
 BLOCK_D = 1024
 OUT_BLOCK_D = 4096
+TOKENS_OF_A_STEP = 16  # so few that fn is not worth reading for the matrix units
+TOKENS_PER_SLICE = 4  # of a step, in one program
+FEW_TOKENS = 64
 MANY_TOKENS = 1024  # enough to fill a card when one program does all columns of a token
 VERY_MANY_TOKENS = 4096  # enough when one program does several slices of a block of tokens
+
+
+def norm_warps(width: int) -> int:
+    """Warps of a program that has a row of y; those of `rms_norm`, so that its sum is the same."""
+    return rms_norm.tile(width)[2]
 
 
 def _rows_of_block(rows: int) -> int:
@@ -115,6 +129,11 @@ def _project(x_TSD: Tensor, fn: Tensor) -> tuple[Tensor, int]:
     together = SLICES_TOGETHER if num_tokens >= VERY_MANY_TOKENS else 1
     parts = triton.cdiv(width, SLICE * together)
     partial = torch.empty(parts, num_tokens, block_rows, device=x_TSD.device)
+    if together == 1 and num_tokens <= TOKENS_OF_A_STEP and not is_batch_invariant():
+        hyper_connection_projection_step_kernel[(parts, triton.cdiv(num_tokens, TOKENS_PER_SLICE))](
+            x_TSD, fn, partial, num_tokens, width, len(fn), SLICE, TOKENS_PER_SLICE, block_rows, num_warps=8
+        )
+        return partial, SLICES_TOGETHER
     hyper_connection_projection_fwd_kernel[(parts, triton.cdiv(num_tokens, PROJECTION.tokens))](
         x_TSD, fn, partial, num_tokens, width, len(fn), SLICE, together, PROJECTION.tokens, block_rows,
         PROJECTION.columns, num_warps=PROJECTION.num_warps, num_stages=PROJECTION.num_stages,
@@ -123,25 +142,48 @@ def _project(x_TSD: Tensor, fn: Tensor) -> tuple[Tensor, int]:
 
 
 def _collapse(
-    x_TSD: Tensor, partial: Tensor, group: int, base: Tensor, scale: Tensor, rounds: int, eps: float, rms_eps: float
+    x_TSD: Tensor,
+    partial: Tensor,
+    group: int,
+    base: Tensor,
+    scale: Tensor,
+    rounds: int,
+    eps: float,
+    rms_eps: float,
+    norm: tuple[Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y_TD, post_TS, comb_TSS, mixes, inverse_rms_T); post and comb have no elements where base is that of a head.
-    `group` parts of the projection are added up first."""
+    `group` parts of the projection are added up first. norm: weight and eps, where `takes_norm` allows it."""
     (num_tokens, num_streams, width), device, rows = x_TSD.shape, x_TSD.device, len(base)
     y_TD = x_TSD.new_empty(num_tokens, width)
     written = num_streams if rows > num_streams else 0
     post_TS = torch.empty(num_tokens, written, device=device)
     comb_TSS = torch.empty(num_tokens, written, written, device=device)
     mixes, inverse_rms_T = torch.empty(num_tokens, rows, device=device), torch.empty(num_tokens, device=device)
-    block_columns = _block_of_columns(width, COLLAPSE.columns if num_tokens >= MANY_TOKENS else BLOCK_D)
-    span = _span(num_tokens, width, block_columns)
+    results = y_TD, post_TS, comb_TSS, mixes, inverse_rms_T
+    shape = num_streams, width, rows, partial.shape[0], group, partial.shape[2]
+    if num_tokens <= FEW_TOKENS:
+        weight, norm_eps = norm or (None, 0.0)
+        block = triton.next_power_of_2(width) if norm else _block_of_columns(width, BLOCK_D)
+        hyper_connection_in_step_kernel[(num_tokens, triton.cdiv(width, block) + 1)](
+            x_TSD, partial, base, scale, weight, *results, num_tokens, eps, rms_eps, norm_eps, rounds, *shape, block,
+            num_warps=4 if norm is None else norm_warps(width),
+        )  # fmt: skip
+        return results
+    block = _block_of_columns(width, COLLAPSE.columns if num_tokens >= MANY_TOKENS else BLOCK_D)
+    span = _span(num_tokens, width, block)
     programs = triton.cdiv(num_tokens, TOKENS_PER_COEFFICIENTS) * (TOKENS_PER_COEFFICIENTS // COLLAPSE.tokens + 1)
     hyper_connection_in_fwd_kernel[(programs, triton.cdiv(width, span))](
-        x_TSD, partial, base, scale, y_TD, post_TS, comb_TSS, mixes, inverse_rms_T, num_tokens, eps, rms_eps, rounds,
-        num_streams, width, rows, partial.shape[0], group, partial.shape[2],
-        COLLAPSE.tokens, TOKENS_PER_COEFFICIENTS, block_columns, span, num_warps=COLLAPSE.num_warps,
+        x_TSD, partial, base, scale, *results, num_tokens, eps, rms_eps, rounds, *shape,
+        COLLAPSE.tokens, TOKENS_PER_COEFFICIENTS, block, span, num_warps=COLLAPSE.num_warps,
     )  # fmt: skip
-    return y_TD, post_TS, comb_TSS, mixes, inverse_rms_T
+    return results
+
+
+def takes_norm(x_TSD: Tensor) -> bool:
+    """Whether the collapse also does the norm behind it: few tokens, of which a program may have a whole row without so
+    many warps that the coefficients, which each of them computes, take longer."""
+    return 0 < len(x_TSD) <= FEW_TOKENS and norm_warps(x_TSD.shape[2]) <= 8
 
 
 def _empty_coefficients(x_TSD: Tensor, fn: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -157,6 +199,39 @@ def mix_in_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y_TD, post_TS, comb_TSS, mixes, inverse_rms_T) for contiguous inputs, parameters in FP32."""
     return _collapse(x_TSD, *_project(x_TSD, fn), base, scale, rounds, eps, rms_eps)
+
+
+@opaque(lambda x_TSD, fn, *_: _empty_coefficients(x_TSD, fn)[:3])
+def mix_in_norm_forward(
+    x_TSD: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    rounds: int,
+    eps: float,
+    rms_eps: float,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(norm of y_TD, post_TS, comb_TSS) for contiguous inputs, parameters but the weight of the norm in FP32."""
+    partial, group = _project(x_TSD, fn)
+    return _collapse(x_TSD, partial, group, base, scale, rounds, eps, rms_eps, (weight, norm_eps))[:3]
+
+
+def mix_in_norm(
+    x_TSD: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    rounds: int,
+    eps: float,
+    rms_eps: float,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`mix_in_norm_forward` of any layouts and dtypes."""
+    parameters = *_wide(fn, base, scale), weight.contiguous()
+    return mix_in_norm_forward(x_TSD.contiguous(), *parameters, rounds, eps, rms_eps, norm_eps)
 
 
 @opaque(lambda x_TSD, fn, *_: tuple(_empty_coefficients(x_TSD, fn)[number] for number in (0, 3, 4)))

@@ -24,7 +24,15 @@ from leadline.ops.grouped_linear import grouped_linear
 from leadline.ops.quantized_linear import reference
 from leadline.ops.quantized_linear.weight import FORMATS, Format, QuantizedWeight, quantize
 
-__all__ = ["FORMATS", "Format", "QuantizedWeight", "quantize", "quantized_grouped_linear", "quantized_linear"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "QuantizedWeight",
+    "quantize",
+    "quantized_grouped_linear",
+    "quantized_linear",
+    "quantized_linears",
+]
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -36,6 +44,11 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """
     (y_TO,) = _differentiable(x.flatten(0, -2), [weight], None)
     return y_TO.unflatten(0, x.shape[:-1])
+
+
+def quantized_linears(x_TN: Tensor, weights: Sequence[QuantizedWeight]) -> tuple[Tensor, ...]:
+    """`quantized_linear` of [T, N] for each of several weights in one format; x is rounded once for all of them."""
+    return _differentiable(x_TN, weights, None)
 
 
 def quantized_grouped_linear(x_XN: Tensor, weights: Sequence[QuantizedWeight], counts_E: Tensor) -> tuple[Tensor, ...]:

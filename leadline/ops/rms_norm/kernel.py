@@ -114,7 +114,7 @@ def rms_norm_bwd_kernel(
         tl.store(partial, tl.sum(dweight, axis=0), mask=columns < D)
 
 
-def _tile(width: int) -> tuple[int, int, int]:
+def tile(width: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a tile."""
     columns = triton.next_power_of_2(width)
     rows = max(1, VALUES_PER_TILE // columns)
@@ -125,7 +125,7 @@ def _tile(width: int) -> tuple[int, int, int]:
 def forward(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """y for a contiguous x."""
     y, width = torch.empty_like(x), x.shape[-1]
-    block_rows, block_columns, warps = _tile(width)
+    block_rows, block_columns, warps = tile(width)
     num_rows = x.numel() // width
     grid = (triton.cdiv(num_rows, block_rows),)
     rms_norm_fwd_kernel[grid](x, weight, y, num_rows, eps, width, block_rows, block_columns, num_warps=warps)
@@ -136,7 +136,7 @@ def forward(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 def backward(x: Tensor, weight: Tensor | None, dy: Tensor, eps: float) -> list[Tensor]:
     """[dx] or [dx, dweight] for contiguous x, weight and dy."""
     dx, width = torch.empty_like(x), x.shape[-1]
-    block_rows, block_columns, warps = _tile(width)
+    block_rows, block_columns, warps = tile(width)
     num_rows = x.numel() // width
     blocks_per_program = triton.cdiv(triton.cdiv(num_rows, block_rows), PARTIAL_SUMS)
     programs = triton.cdiv(num_rows, block_rows * max(1, blocks_per_program))

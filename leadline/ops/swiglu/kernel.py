@@ -6,6 +6,8 @@ one pass with everything in registers is the best there is.
 
 In the backward a program owns whole rows and walks along them, because the gradient of a row's scale is a sum over the
 row: it stays in registers and is written once.
+
+Scales are looked up where the router left them, so that nobody has to put them in the order of the rows.
 """
 
 from __future__ import annotations
@@ -31,11 +33,21 @@ def _clamped(gate, up, limit):
     return gate, tl.where(up < -limit, -limit, up)
 
 
+@triton.jit
+def _places(place_ptr, rows, num_rows):
+    """Where the scales of rows are."""
+    if place_ptr is None:
+        return rows
+    else:
+        return tl.load(place_ptr + rows, mask=rows < num_rows, other=0)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def swiglu_fwd_kernel(
     gate_ptr,
     up_ptr,
     scale_ptr,
+    place_ptr,
     hidden_ptr,
     num_rows,
     limit,
@@ -52,7 +64,8 @@ def swiglu_fwd_kernel(
     gate, up = _clamped(gate, up, limit)
     hidden = gate * tl.sigmoid(gate) * up
     if scale_ptr is not None:
-        hidden *= tl.load(scale_ptr + rows, mask=rows < num_rows, other=0.0)[:, None]
+        places = _places(place_ptr, rows, num_rows)
+        hidden *= tl.load(scale_ptr + places, mask=rows < num_rows, other=0.0)[:, None]
     tl.store(hidden_ptr + offsets, hidden.to(hidden_ptr.dtype.element_ty), mask=inside)
 
 
@@ -61,6 +74,7 @@ def swiglu_bwd_kernel(
     gate_ptr,
     up_ptr,
     scale_ptr,
+    place_ptr,
     dhidden_ptr,
     dgate_ptr,
     dup_ptr,
@@ -73,7 +87,8 @@ def swiglu_bwd_kernel(
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     if scale_ptr is not None:
-        scale = tl.load(scale_ptr + rows, mask=rows < num_rows, other=0.0)[:, None]
+        places = _places(place_ptr, rows, num_rows)
+        scale = tl.load(scale_ptr + places, mask=rows < num_rows, other=0.0)[:, None]
         dscale = tl.zeros((BLOCK_ROWS, BLOCK_F), tl.float32)
     for start in range(0, F, BLOCK_F):
         columns = start + tl.arange(0, BLOCK_F)
@@ -95,7 +110,7 @@ def swiglu_bwd_kernel(
         tl.store(dgate_ptr + offsets, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
         tl.store(dup_ptr + offsets, dup.to(dup_ptr.dtype.element_ty), mask=inside)
     if scale_ptr is not None:
-        tl.store(dscale_ptr + rows, tl.sum(dscale, axis=1), mask=rows < num_rows)
+        tl.store(dscale_ptr + places, tl.sum(dscale, axis=1), mask=rows < num_rows)
 
 
 def _tile(width: int) -> tuple[int, int]:
@@ -104,41 +119,48 @@ def _tile(width: int) -> tuple[int, int]:
     return VALUES_PER_TILE // columns, columns
 
 
-@opaque(lambda gate, up, scale, limit: torch.empty_like(gate))
-def forward(gate: Tensor, up: Tensor, scale: Tensor | None, limit: float) -> Tensor:
+@opaque(lambda gate, *_: torch.empty_like(gate))
+def forward(gate: Tensor, up: Tensor, scale: Tensor | None, place_X: Tensor | None, limit: float) -> Tensor:
     """h for contiguous inputs."""
     hidden, (num_rows, width) = torch.empty_like(gate), gate.shape
     block_rows, block_columns = _tile(width)
     grid = (triton.cdiv(num_rows, block_rows), triton.cdiv(width, block_columns))
-    swiglu_fwd_kernel[grid](gate, up, scale, hidden, num_rows, limit, width, block_rows, block_columns, num_warps=4)
+    swiglu_fwd_kernel[grid](
+        gate, up, scale, place_X, hidden, num_rows, limit, width, block_rows, block_columns, num_warps=4
+    )
     return hidden
 
 
-@opaque(lambda gate, up, scale, dhidden, limit: [torch.empty_like(x) for x in (gate, up, scale) if x is not None])
-def backward(gate: Tensor, up: Tensor, scale: Tensor | None, dhidden: Tensor, limit: float) -> list[Tensor]:
+@opaque(lambda gate, up, scale, *_: [torch.empty_like(x) for x in (gate, up, scale) if x is not None])
+def backward(
+    gate: Tensor, up: Tensor, scale: Tensor | None, place_X: Tensor | None, dhidden: Tensor, limit: float
+) -> list[Tensor]:
     """[dgate, dup] or [dgate, dup, dscale] for contiguous inputs."""
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     dscale = None if scale is None else torch.empty_like(scale)
     num_rows, width = gate.shape
     block_rows, block_columns = _tile(width)
     swiglu_bwd_kernel[(triton.cdiv(num_rows, block_rows),)](
-        gate, up, scale, dhidden, dgate, dup, dscale, num_rows, limit, width, block_rows, block_columns, num_warps=4
-    )
+        gate, up, scale, place_X, dhidden, dgate, dup, dscale, num_rows, limit, width, block_rows, block_columns,
+        num_warps=4,
+    )  # fmt: skip
     return [dgate, dup] if dscale is None else [dgate, dup, dscale]
 
 
 class SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, scale: Tensor | None, limit: float) -> Tensor:
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, scale: Tensor | None, place_X: Tensor | None, limit: float
+    ) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
-        scale = None if scale is None else scale.contiguous()
-        ctx.save_for_backward(gate, up, scale)
+        scale, place_X = (None if x is None else x.contiguous() for x in (scale, place_X))
+        ctx.save_for_backward(gate, up, scale, place_X)
         ctx.limit = limit
-        return forward(gate, up, scale, limit)
+        return forward(gate, up, scale, place_X, limit)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dhidden: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, scale = ctx.saved_tensors
-        dgate, dup, *dscale = backward(gate, up, scale, dhidden.contiguous(), ctx.limit)
-        return dgate, dup, *(dscale or [None]), None
+        gate, up, scale, place_X = ctx.saved_tensors
+        dgate, dup, *dscale = backward(gate, up, scale, place_X, dhidden.contiguous(), ctx.limit)
+        return dgate, dup, *(dscale or [None]), None, None

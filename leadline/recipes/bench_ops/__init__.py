@@ -15,6 +15,7 @@ from leadline.recipes.bench_ops import (
     pointwise,
     products,
     quantized,
+    steps,
 )
 from leadline.recipes.bench_ops.case import Case
 
@@ -30,5 +31,6 @@ CASES: tuple[Case, ...] = (
     *products.CASES,
     *quantized.CASES,
     *experts.CASES,
+    *steps.CASES,
     *optimizer.CASES,
 )

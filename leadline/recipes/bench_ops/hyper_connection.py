@@ -22,7 +22,7 @@ def _parameters(rows: int, scales: int, device: torch.device) -> Inputs:
     ]
 
 
-def _into(tokens: int, device: torch.device) -> Inputs:
+def into(tokens: int, device: torch.device) -> Inputs:
     return [random(tokens, S, D, device=device), *_parameters((2 + S) * S, 3, device)]
 
 
@@ -39,7 +39,7 @@ def _mix_in() -> Case:
     return Case(
         "hyper_connection",
         f"into a sublayer, {TOKENS:,} x {S} x {D}",
-        _into,
+        into,
         lambda x, fn, base, scale: mix_in(x, fn, base, scale, ROUNDS, EPS, EPS),
         *moved(PROJECTION, STREAMS + VECTORS, 3 * STREAMS + VECTORS),
         fp32_tolerance=5e-4,  # in the gradient of scale much cancels
@@ -78,7 +78,7 @@ def _both_sublayers() -> Case:
     return Case(
         "hyper_connection",
         f"both sublayers of a block, {TOKENS:,} x {S} x {D}",
-        _into,
+        into,
         run,
         *moved(
             2 * (PROJECTION + 2 * STREAMS * (S + 1)), 2 * (3 * STREAMS + 2 * VECTORS), 2 * (5 * STREAMS + 3 * VECTORS)
