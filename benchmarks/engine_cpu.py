@@ -33,10 +33,9 @@ from rich.table import Table
 from torch import Tensor
 
 from leadline.engine.engine import Engine, Settings
-from leadline.engine.pages import pages_for
 from leadline.engine.prefix import WindowPolicy
 from leadline.engine.request import Request, Sampling
-from leadline.model.page_table import PAGE_TOKENS
+from leadline.model.page_table import num_pages
 
 ROOT = Path(__file__).resolve().parent.parent
 GREEDY = Sampling(temperature=0.0)
@@ -69,7 +68,7 @@ def prompts(count: int, length: int) -> list[tuple[int, ...]]:
 
 
 def our_engine(side: LeadlineSide, count: int, tokens: int) -> Engine:
-    settings = Settings(slots=count, pages=count * (pages_for(tokens, PAGE_TOKENS) + 2), policy=WindowPolicy("zero"))
+    settings = Settings(slots=count, pages=count * (num_pages(tokens) + 2), policy=WindowPolicy("zero"))
     return Engine(side.model, settings)
 
 

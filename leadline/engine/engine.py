@@ -40,6 +40,9 @@ from leadline.model.state import State
 from leadline.model.transformer import Transformer
 from leadline.ops.invariance import batch_invariant
 
+PATIENCE_STEPS = 64
+"""Steps without a fault after which steps that had to become smaller grow again."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -99,6 +102,7 @@ class Engine:
         self.runner = Runner(model, state, _fixed_steps(model, state, settings))
         self.memory = Memory(state, settings.slots, settings.policy, settings.block_bytes, disk)
         self.step_tokens = settings.step_tokens
+        self._clean_steps, self._patience = 0, PATIENCE_STEPS
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._usage: dict[int, Usage] = {}
@@ -172,12 +176,14 @@ class Engine:
         passes: dict[int, list[tuple[Sequence, Share]]] = {}
         for sequence, share in shares:
             passes.setdefault(self._step_length(sequence, share), []).append((sequence, share))
+        self._clean_steps += 1
         with batch_invariant() if self.settings.batch_invariant else nullcontext():
             for length, part in passes.items():
                 try:
                     self._run(part, step=length > 0)
                 except torch.OutOfMemoryError as error:
                     self._survive(part, error)
+        self._regrow()
         events, self._events = self._events, []
         return events
 
@@ -202,7 +208,7 @@ class Engine:
 
     def _plan_now(self, candidates: list[Candidate]) -> Plan:
         free_pages = self.memory.pool.num_free
-        return plan(candidates, step_tokens=self.step_tokens, free_pages=free_pages, page_tokens=PAGE_TOKENS)
+        return plan(candidates, step_tokens=self.step_tokens, free_pages=free_pages)
 
     def _candidate(self, sequence: Sequence, drafts: int) -> Candidate:
         cut, pages = self.memory.cut(sequence), len(sequence.pages)
@@ -293,7 +299,8 @@ class Engine:
 
     def _survive(self, shares: list[tuple[Sequence, Share]], error: torch.OutOfMemoryError) -> None:
         """The card's memory was not enough for the pass. Its sequences compute their state again, in smaller steps;
-        when steps cannot get smaller, the longest of them ends with the error."""
+        when steps cannot get smaller, the longest of them ends with the error. `_regrow` undoes that."""
+        self._clean_steps = 0
         if self.step_tokens > PAGE_TOKENS:
             self.step_tokens = max(PAGE_TOKENS, self.step_tokens // 2)
         else:
@@ -302,6 +309,13 @@ class Engine:
         for sequence, _ in shares:
             if sequence in self.running:
                 self._preempt(sequence)
+
+    def _regrow(self) -> None:
+        """Steps that had to become smaller grow again when many in a row have gone well. Each time it takes twice as
+        many, since steps that keep failing would cost more than small ones do."""
+        if self.step_tokens < self.settings.step_tokens and self._clean_steps >= self._patience:
+            self.step_tokens = min(2 * self.step_tokens, self.settings.step_tokens)
+            self._clean_steps, self._patience = 0, 2 * self._patience
 
 
 def _fixed_steps(model: Transformer, state: State, settings: Settings) -> FixedSteps | None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from leadline.engine.engine import Engine, Settings
-from leadline.engine.pages import pages_for
 from leadline.engine.request import LIKE_THE_MODEL, Request, Sampling
 from leadline.engine.sequence import Event, Finish
-from leadline.model.page_table import PAGE_TOKENS
+from leadline.model.page_table import num_pages
 from leadline.model.transformer import Transformer
 
 
@@ -20,7 +19,7 @@ def engine_for(
     model: Transformer, tokens: int, *, step_tokens: int = 512, speculate: bool = False, draft_cost: float = 0.0
 ) -> Engine:
     """An engine for one sequence of so many tokens, prompt and output."""
-    pages = pages_for(tokens + 1, PAGE_TOKENS)
+    pages = num_pages(tokens + 1)
     settings = Settings(slots=1, pages=pages, step_tokens=step_tokens, speculate=speculate, draft_cost=draft_cost)
     return Engine(model, settings)
 

@@ -6,12 +6,12 @@ with the fixed block that makes them usable.
 
 from __future__ import annotations
 
-from leadline.engine.disk import DiskCache, chain
-from leadline.engine.pages import PagePool, pages_for
+from leadline.engine.disk import DiskCache
+from leadline.engine.pages import PagePool
 from leadline.engine.prefix import Node, PrefixCache, WindowPolicy
 from leadline.engine.scheduler import may_admit
 from leadline.engine.sequence import Sequence
-from leadline.model.page_table import PAGE_TOKENS
+from leadline.model.page_table import PAGE_TOKENS, num_pages
 from leadline.model.state import FixedBlock, State
 
 
@@ -23,7 +23,7 @@ class Memory:
         self.state, self.policy, self.disk = state, policy, disk
         self.pool = PagePool(state.pages.pages)
         layers = len(state.layers) + len(state.mtp)
-        recompute = pages_for(layers * state.config.sliding_window, PAGE_TOKENS) * PAGE_TOKENS
+        recompute = num_pages(layers * state.config.sliding_window) * PAGE_TOKENS
         self.prefix = PrefixCache(
             self.pool,
             policy,
@@ -42,10 +42,13 @@ class Memory:
         """Give a sequence its slot and the pages of all tokens it has, or leave everything as it was."""
         if not self._free_slots:
             return False
+        namespace = sequence.request.namespace
+        self.prefix.add_links(sequence.links, sequence.tokens, namespace)
+        links = sequence.links[: (len(sequence.tokens) - 1) // PAGE_TOKENS]
         if self.disk is not None:
-            self._recall(sequence.tokens, sequence.request.namespace, self.disk)
-        match = self.prefix.match(sequence.tokens, sequence.request.namespace)
-        needed = pages_for(len(sequence.tokens) + 1, PAGE_TOKENS) - len(match.pages)
+            self._recall(links, namespace, self.disk)
+        match = self.prefix.match(links, namespace)
+        needed = num_pages(len(sequence.tokens) + 1) - len(match.pages)
         if not may_admit(needed, self.pool.num_free, num_running):
             self.prefix.evict(needed + num_running - self.pool.num_free)
         if not may_admit(needed, self.pool.num_free, num_running):
@@ -91,6 +94,7 @@ class Memory:
         """After a step: pages that are full now go into the prefix cache, and the fixed block where it is kept."""
         changed = False
         assert sequence.node is not None
+        self.prefix.add_links(sequence.links, sequence.tokens, sequence.request.namespace)
         full: list[Node] = []
         while (sequence.node.depth + 1) * PAGE_TOKENS <= sequence.seen:
             changed |= self._share_next_page(sequence)
@@ -107,8 +111,7 @@ class Memory:
         end = sequence.node
         assert end is not None
         depth, page = end.depth, sequence.pages[end.depth]
-        key = sequence.tokens[depth * PAGE_TOKENS : (depth + 1) * PAGE_TOKENS]
-        sequence.node = self.prefix.extend(end, key, page)
+        sequence.node = self.prefix.extend(end, sequence.links[depth], page)
         if end.passing:
             self.prefix.drop_block(end)
         known = sequence.node.page
@@ -152,38 +155,40 @@ class Memory:
         }
         disk.write(pages, blocks)
 
-    def _recall(self, tokens: list[int], namespace: str, disk: DiskCache) -> None:
-        """Bring what the disk knows of these tokens, beyond what the tree knows, into the tree."""
-        node = self.prefix.path(tokens, namespace)[-1]
-        links = self._links_on_disk(node, tokens, disk)
-        for link in links:
-            if self.pool.num_free == 0:
-                self.prefix.evict(1)
-            found = disk.read_page(link) if self.pool.num_free else None
+    def _recall(self, links: list[bytes], namespace: str, disk: DiskCache) -> None:
+        """Bring what the disk knows of these pages, beyond what the tree knows, into the tree: all that is of use, or
+        nothing where there is no room for it."""
+        path = self.prefix.path(links, namespace)
+        node = path[-1]
+        known = self._links_on_disk(links[node.depth :], disk)
+        if not known:
+            return
+        held = [each.page for each in path if each.page is not None]
+        self.pool.hold(held)  # what is being continued must not go to make room
+        self.prefix.evict(len(known) - self.pool.num_free)
+        for link in known if len(known) <= self.pool.num_free else ():
+            found = disk.read_page(link)
             if found is None:
                 break
             (page,) = self.pool.take(1)
+            held.append(page)
             for name, tensor in self.state.page_tensors().items():
                 tensor[page] = found[name].to(tensor.device)
-            start = node.depth * PAGE_TOKENS
-            node = self.prefix.extend(node, tokens[start : start + PAGE_TOKENS], page)
-            self.pool.release([page])  # now the tree holds it
-        block = disk.read_block(node.link) if links and disk.has_block(node.link) else None
+            node = self.prefix.extend(node, link, page)
+        self.pool.release(held)
+        block = disk.read_block(node.link) if node.depth > path[-1].depth and disk.has_block(node.link) else None
         if block is not None:
             device = self.state.device
             tensors = {name: tensor.to(device) for name, tensor in block.items()}
             self.prefix.keep_block(node, FixedBlock(tensors), passing=False)
 
-    def _links_on_disk(self, node: Node, tokens: list[int], disk: DiskCache) -> list[bytes]:
-        """Keys of the pages that follow a node, as far as they are of use: to the last one with a fixed block, or all
-        of them under the zero policy, which needs none."""
-        links: list[bytes] = []
-        useful, link = 0, node.link
-        for depth in range(node.depth, (len(tokens) - 1) // PAGE_TOKENS):
-            link = chain(link, tokens[depth * PAGE_TOKENS : (depth + 1) * PAGE_TOKENS])
+    def _links_on_disk(self, links: list[bytes], disk: DiskCache) -> list[bytes]:
+        """The first of these pages, as far as they are of use: to the last one with a fixed block, or all of them under
+        the zero policy, which needs none."""
+        useful = 0
+        for count, link in enumerate(links, start=1):
             if not disk.has_page(link):
                 break
-            links.append(link)
             if self.policy.kind == "zero" or disk.has_block(link):
-                useful = len(links)
+                useful = count
         return links[:useful]

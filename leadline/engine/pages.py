@@ -55,8 +55,3 @@ class PagePool:
             self._holders[page] -= 1
             if self._holders[page] == 0:
                 self._free.append(page)
-
-
-def pages_for(tokens: int, page_tokens: int) -> int:
-    """Pages that the entries of a sequence of this length take up."""
-    return -(-tokens // page_tokens)

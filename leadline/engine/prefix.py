@@ -1,7 +1,8 @@
 """The prefix cache: pages of prompts and answers that were computed before, as a radix tree.
 
-A node is one full page: 128 token ids, and the page that holds their entries in every layer. A path from the root is a
-text that is known. A new request takes over the pages of the longest path that its prompt starts with.
+A node is one full page: 128 tokens' entries in every layer. Its *link*, a hash over all tokens up to its end
+(`disk.chain`), is its name: a path from the root is a text that is known, and whoever has hashed a text once finds its
+path at any time. A new request takes over the pages of the longest path that its prompt starts with.
 
 Entries alone are not all a sequence remembers: its window and tails belong to the last tokens before the place where it
 goes on. Three policies decide where that *fixed block* is kept (report 3.5):
@@ -20,7 +21,7 @@ time go first, unless a sequence holds them too.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -65,16 +66,15 @@ def last_boundary(prompt_tokens: int, page_tokens: int) -> int:
 class Node:
     """A full page and what follows it.
 
-    page, key: None and empty for a root. link: the key of the whole path on disk. block: the fixed block at its end.
-    passing: the block is to be dropped when the answer that left it moves on. used: a clock reading.
+    link: of the whole path, its key on disk too. page: None for a root. block: the fixed block at its end. passing: the
+    block is to be dropped when the answer that left it moves on. used: a clock reading.
     """
 
-    key: tuple[int, ...]
     link: bytes
     page: int | None
     parent: Node | None
     depth: int
-    children: dict[tuple[int, ...], Node] = field(default_factory=dict[tuple[int, ...], "Node"])
+    children: dict[bytes, Node] = field(default_factory=dict[bytes, "Node"])
     block: FixedBlock | None = None
     passing: bool = False
     used: int = 0
@@ -118,12 +118,20 @@ class PrefixCache:
 
     def root(self, namespace: str) -> Node:
         if namespace not in self._roots:
-            self._roots[namespace] = Node((), root_key(self._fingerprint, namespace), None, None, 0)
+            self._roots[namespace] = Node(root_key(self._fingerprint, namespace), None, None, 0)
         return self._roots[namespace]
 
-    def match(self, tokens: Sequence[int], namespace: str = "") -> Match:
-        """The longest usable prefix. At least one token is left to be computed, because its logits are wanted."""
-        path = self.path(tokens, namespace)
+    def add_links(self, links: list[bytes], tokens: Sequence[int], namespace: str) -> None:
+        """Bring the links of a sequence up to date: one for each of its full pages."""
+        link, size = links[-1] if links else self.root(namespace).link, self.page_tokens
+        for start in range(len(links) * size, len(tokens) - size + 1, size):
+            link = chain(link, tokens[start : start + size])
+            links.append(link)
+
+    def match(self, links: Iterable[bytes], namespace: str = "") -> Match:
+        """The longest usable prefix. links: of the pages that are of interest; the last token of a sequence has to stay
+        outside of them, because its logits are wanted."""
+        path = self.path(links, namespace)
         for depth in range(len(path) - 1, 0, -1):
             known = depth * self.page_tokens
             block, start = path[depth].block, known
@@ -133,12 +141,11 @@ class PrefixCache:
                 return self._take(path[: depth + 1], start, block)
         return Match(path[0], [], 0, 0, None)
 
-    def path(self, tokens: Sequence[int], namespace: str) -> list[Node]:
-        """The nodes that the tokens run through, from the root; the last token stays outside."""
+    def path(self, links: Iterable[bytes], namespace: str) -> list[Node]:
+        """The nodes of these links, from the root to the last one that is known."""
         path = [self.root(namespace)]
-        size = self.page_tokens
-        for depth in range((len(tokens) - 1) // size):
-            child = path[-1].children.get(tuple(tokens[depth * size : (depth + 1) * size]))
+        for link in links:
+            child = path[-1].children.get(link)
             if child is None:
                 break
             path.append(child)
@@ -155,14 +162,13 @@ class PrefixCache:
         self._clock += 1
         node.used = self._clock
 
-    def extend(self, node: Node, key: Sequence[int], page: int) -> Node:
+    def extend(self, node: Node, link: bytes, page: int) -> Node:
         """The node of a page that is full now. When the same text is known already, its node; the caller then takes
         over that node's page for its own."""
-        child = node.children.get(tuple(key))
+        child = node.children.get(link)
         if child is None:
             self.pool.hold([page])
-            child = Node(tuple(key), chain(node.link, key), page, node, node.depth + 1)
-            node.children[child.key] = child
+            child = node.children[link] = Node(link, page, node, node.depth + 1)
         self._touch(child)
         return child
 
@@ -212,7 +218,7 @@ class PrefixCache:
             assert parent is not None
             assert node.page is not None
             self.drop_block(node)
-            del parent.children[node.key]
+            del parent.children[node.link]
             self.pool.release([node.page])
             count -= 1
             if self._removable(parent):

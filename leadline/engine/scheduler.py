@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from leadline.engine.pages import pages_for
+from leadline.model.page_table import PAGE_TOKENS, num_pages
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Plan:
     preempted: tuple[int, ...] = ()
 
 
-def plan(running: Sequence[Candidate], *, step_tokens: int, free_pages: int, page_tokens: int) -> Plan:
+def plan(running: Sequence[Candidate], *, step_tokens: int, free_pages: int) -> Plan:
     """Shares of the next step; their tokens and drafts sum to at most `step_tokens`, their pages to those that are free
     once the preempted have given up theirs. Some sequence always advances, as long as one alone fits."""
     ranked = sorted(running, key=lambda candidate: candidate.order)
@@ -65,9 +65,9 @@ def plan(running: Sequence[Candidate], *, step_tokens: int, free_pages: int, pag
         if room < 1:
             break
         tokens = min(1 + candidate.drafts, room)
-        if _new_pages(candidate, tokens, page_tokens) > free_pages:
+        if _new_pages(candidate, tokens) > free_pages:
             tokens = 1  # nobody gives way for a guess
-        needed = _new_pages(candidate, tokens, page_tokens)
+        needed = _new_pages(candidate, tokens)
         while needed > free_pages:
             loser = next(c for c in reversed(ranked) if c not in preempted)
             preempted.append(loser)
@@ -82,7 +82,7 @@ def plan(running: Sequence[Candidate], *, step_tokens: int, free_pages: int, pag
     lost = {candidate.number for candidate in preempted}
     shares = [share for share in shares if share.number not in lost]
     prompts = [c for c in ranked if c.pending > 1 and c not in preempted]
-    return Plan((*shares, *_prompt_shares(prompts, room, page_tokens)), tuple(c.number for c in preempted))
+    return Plan((*shares, *_prompt_shares(prompts, room)), tuple(c.number for c in preempted))
 
 
 def admit_drafts(survival: Sequence[Sequence[float]], token_cost: float) -> list[int]:
@@ -108,18 +108,18 @@ def admit_drafts(survival: Sequence[Sequence[float]], token_cost: float) -> list
     return admitted
 
 
-def _prompt_shares(prompts: Sequence[Candidate], room: int, page_tokens: int) -> list[Share]:
+def _prompt_shares(prompts: Sequence[Candidate], room: int) -> list[Share]:
     """Cut the room among prompts. They hold the pages of all their tokens since their admission."""
     if not prompts or room < 1:
         return []
-    quota = max(page_tokens, room // len(prompts))
+    quota = max(PAGE_TOKENS, room // len(prompts))
     given = {prompt.number: 0 for prompt in prompts}
     for limit in (quota, room):  # the equal part first, then whatever is left, in order
         for prompt in prompts:
             tokens = min(_until_cut(prompt) - given[prompt.number], limit, room)
             given[prompt.number] += tokens
             room -= tokens
-    cut = {prompt.number: _aligned(prompt, given[prompt.number], page_tokens) for prompt in prompts}
+    cut = {prompt.number: _aligned(prompt, given[prompt.number]) for prompt in prompts}
     return [Share(number, tokens, 0, 0) for number, tokens in cut.items() if tokens]
 
 
@@ -129,16 +129,16 @@ def _until_cut(prompt: Candidate) -> int:
     return min(prompt.pending, prompt.cut - prompt.seen)
 
 
-def _aligned(prompt: Candidate, tokens: int, page_tokens: int) -> int:
+def _aligned(prompt: Candidate, tokens: int) -> int:
     """Let a chunk end where a page ends, if that leaves anything of it: pages that are full can be shared."""
     if tokens == prompt.pending:
         return tokens
-    shorter = (prompt.seen + tokens) // page_tokens * page_tokens - prompt.seen
+    shorter = (prompt.seen + tokens) // PAGE_TOKENS * PAGE_TOKENS - prompt.seen
     return shorter if shorter > 0 else tokens
 
 
-def _new_pages(candidate: Candidate, tokens: int, page_tokens: int) -> int:
-    return max(0, pages_for(candidate.seen + tokens, page_tokens) - candidate.pages)
+def _new_pages(candidate: Candidate, tokens: int) -> int:
+    return max(0, num_pages(candidate.seen + tokens) - candidate.pages)
 
 
 def may_admit(needed_pages: int, free_pages: int, num_running: int) -> bool:

@@ -68,7 +68,8 @@ class Sequence:
     tokens: prompt and output. seen: how many of them the state in `slot` has taken in. written: tokens whose entries
     are in their pages already and must not be written again. pages: page numbers that hold its entries. drafts: guesses
     of the tokens after the last one, not verified yet; survival: how likely each and those before it are right. node:
-    where its full pages end in the prefix cache. drafted, accepted, drafter: as in `Usage`.
+    where its full pages end in the prefix cache. links: names of its full pages there, as far as they are known; they
+    depend on its tokens alone, so they stay when its memory goes. drafted, accepted, drafter: as in `Usage`.
     """
 
     number: int
@@ -82,6 +83,7 @@ class Sequence:
     drafts: tuple[int, ...] = ()
     survival: tuple[float, ...] = ()
     node: Node | None = None
+    links: list[bytes] = field(default_factory=list[bytes])
     cached_tokens: int | None = None
     drafted: list[int] = field(default_factory=list[int])
     accepted: list[int] = field(default_factory=list[int])

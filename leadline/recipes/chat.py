@@ -41,9 +41,8 @@ from leadline.data.gather import GatherError
 from leadline.engine.disk import DiskCache
 from leadline.engine.engine import Engine, Settings
 from leadline.engine.generate import GenerationError
-from leadline.engine.pages import pages_for
 from leadline.engine.request import RequestError, Sampling
-from leadline.model.page_table import PAGE_TOKENS
+from leadline.model.page_table import num_pages
 from leadline.model.transformer import Transformer
 from leadline.recipes.load_model import CacheName, DtypeName, load_model
 from leadline.recipes.pack import files_of, split_paths
@@ -172,7 +171,7 @@ def engine_for_talk(model: Transformer, opening_tokens: int, options: Options, d
             f"the files have {opening_tokens:,} tokens, and the context {context:,}: "
             + ("raise context=" if context < longest else "the model has no longer one; name fewer or exclude some")
         )
-    pages = pages_for(context + 1, PAGE_TOKENS)
+    pages = num_pages(context + 1)
     settings = Settings(
         slots=1,
         pages=pages,

@@ -45,9 +45,8 @@ from starlette.types import ASGIApp
 
 from leadline.cli import UsageError, resolve, show
 from leadline.engine.engine import Engine, Settings
-from leadline.engine.pages import pages_for
 from leadline.model.config import ModelConfig
-from leadline.model.page_table import PAGE_TOKENS
+from leadline.model.page_table import num_pages
 from leadline.model.transformer import Transformer
 from leadline.recipes.load_model import CacheName, DtypeName, load_model
 from leadline.serve.app import create_app
@@ -182,7 +181,7 @@ def limits_of(options: Options) -> Limits:
 
 def engine_of(model: Transformer, options: Options) -> Engine:
     context = min(options.context, model.config.max_position_embeddings)
-    pages = options.pages or options.slots * pages_for(context + 1, PAGE_TOKENS)
+    pages = options.pages or options.slots * num_pages(context + 1)
     return Engine(
         model,
         Settings(

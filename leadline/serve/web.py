@@ -14,9 +14,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from fastapi.responses import Response
 
-from leadline.engine.pages import pages_for
 from leadline.model import accounting, v32
-from leadline.model.page_table import PAGE_TOKENS
+from leadline.model.page_table import num_pages
 from leadline.serve.service import Service
 
 _FOLDER = Path(__file__).parent / "page"
@@ -66,7 +65,7 @@ def router(service: Service) -> APIRouter:
             "tokens": tokens,
             "cache_bytes": accounting.kv_cache_bytes(engine.runner.model.config, tokens),
             "v32_cache_bytes": v32.kv_cache_bytes(tokens),
-            "held_bytes": state.bytes_per_slot + pages_for(tokens, PAGE_TOKENS) * state.bytes_per_page,
+            "held_bytes": state.bytes_per_slot + num_pages(tokens) * state.bytes_per_page,
         }
 
     return routes

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from leadline.engine.disk import DiskCache
+from leadline.engine.disk import DiskCache, chain
 from leadline.engine.engine import Engine, Settings
 from leadline.engine.prefix import WindowPolicy
 from leadline.engine.request import Request, RequestError, Sampling, ThinkingBudget
@@ -192,12 +193,61 @@ def test_a_damaged_record_on_disk_costs_time_and_nothing_else(
         number = engine.submit(request)
         assert drain(engine).ids(number) == alone(request)
         if damage:
-            third = engine.memory.prefix.path(request.prompt, "")[3]
+            links: list[bytes] = []
+            engine.memory.prefix.add_links(links, request.prompt, "")
             with disk._env.begin(write=True, db=disk._records) as change:  # pyright: ignore[reportPrivateUsage]
-                change.put(b"p" + third.link, b"nonsense")
+                change.put(b"p" + links[2], b"nonsense")
         disk.close()
     assert len(lines) == 1
     assert engine.usage(number).cached_tokens == 0
+
+
+def test_a_prefix_on_disk_waits_for_room_and_takes_none_while_it_waits(
+    model: Transformer, drain: Callable[[Engine], Run], alone: Callable[[Request], list[int]], tmp_path: Path
+) -> None:
+    """Another sequence holds the pages that the prefix needs, and the beginning of it is known in memory already."""
+    long, beginning, other = (
+        Request(ids(1000), 3, GREEDY),
+        Request(ids(300), 1, GREEDY),
+        Request(ids(1200, 1), 3, GREEDY),
+    )
+    lines: list[str] = []
+    for serves in ([long], [beginning, other, long]):
+        disk = DiskCache(tmp_path, "", 10**9, lines.append)
+        engine = Engine(model, Settings(slots=2, pages=14, step_tokens=128), disk)
+        drain_first = engine.submit(serves[0])
+        drain(engine)
+        numbers = [engine.submit(request) for request in serves[1:]]
+        run = drain(engine)
+        assert [run.ids(number) for number in numbers] == [alone(request) for request in serves[1:]]
+        assert engine.usage(drain_first).cached_tokens in (0, 256)
+        cached = [engine.usage(number).cached_tokens for number in numbers]
+        assert_nothing_leaks(engine)
+        disk.close()
+    assert cached == [0, 896]
+    assert not lines
+
+
+def test_the_pages_of_a_waiting_request_are_hashed_once(
+    model: Transformer, drain: Callable[[Engine], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(model, Settings(slots=2, pages=6))
+    hashed = 0
+
+    def counted(*arguments: Any) -> bytes:
+        nonlocal hashed
+        hashed += 1
+        return chain(*arguments)
+
+    monkeypatch.setattr("leadline.engine.prefix.chain", counted)
+    for seed in (1, 2):
+        engine.submit(Request(ids(500, seed), 30, GREEDY))
+    waited = 0
+    while engine.busy:
+        engine.step()
+        waited += len(engine.waiting)
+    assert waited > 20
+    assert hashed == 2 * (530 // 128)
 
 
 def test_a_prefix_is_not_shared_between_namespaces(model: Transformer, drain: Callable[[Engine], Run]) -> None:
@@ -362,6 +412,38 @@ def test_a_request_that_never_fits_in_memory_ends_alone(
     assert run.finish[numbers[0]] is Finish.ERROR
     assert "out of memory" in (run.errors[numbers[0]] or "")
     assert run.ids(numbers[1]) == alone(short)
+
+
+def test_steps_grow_again_when_memory_is_enough_again(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch, alone: Callable[[Request], list[int]]
+) -> None:
+    """Two faults at the beginning, and a third one when they have grown once; after it they wait twice as long."""
+    patience = 16
+    monkeypatch.setattr("leadline.engine.engine.PATIENCE_STEPS", patience)
+    engine = Engine(model, Settings(slots=1, pages=16, step_tokens=512))
+    passes, third = 0, 2 * patience
+
+    def fail(*_: object) -> None:
+        nonlocal passes
+        passes += 1
+        if passes in (1, 2, third):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = model.layers[0].register_forward_pre_hook(fail)
+    request = Request(ids(140), third + 7 * patience, GREEDY)
+    engine.submit(request)
+    sizes: list[int] = []
+    said: list[int] = []
+    while engine.busy:
+        said += [token.id for event in engine.step() for token in event.tokens]
+        sizes.append(engine.step_tokens)
+    hook.remove()
+    assert said == alone(request)
+    changes = [(at, size) for at, size in enumerate(sizes, start=1) if at == 1 or size != sizes[at - 2]]
+    assert changes == [
+        *((1, 256), (2, 128), (2 + patience, 256), (third, 128)),
+        *((third + 2 * patience, 256), (third + 6 * patience, 512)),
+    ]
 
 
 def test_requests_that_can_never_be_served_are_refused(model: Transformer) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leadline.engine.pages import PageError, PagePool, pages_for
+from leadline.engine.pages import PageError, PagePool
 
 
 @given(st.lists(st.tuples(st.sampled_from(["take", "hold", "release"]), st.integers(0, 5)), max_size=60))
@@ -40,8 +40,3 @@ def test_a_free_page_can_be_neither_shared_nor_released() -> None:
     with pytest.raises(PageError, match="only a page in use"):
         pool.hold([page])
     assert pool.num_free == 2
-
-
-@pytest.mark.parametrize(("tokens", "pages"), [(0, 0), (1, 1), (127, 1), (128, 1), (129, 2), (256, 2), (257, 3)])
-def test_a_page_holds_128_tokens(tokens: int, pages: int) -> None:
-    assert pages_for(tokens, 128) == pages

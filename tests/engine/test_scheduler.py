@@ -9,19 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leadline.engine.pages import pages_for
 from leadline.engine.scheduler import Candidate, admit_drafts, may_admit, plan
-
-PAGE = 128
+from leadline.model.page_table import num_pages
 
 
 def decoding(number: int, seen: int, drafts: int = 0, priority: int = 0, pages: int | None = None) -> Candidate:
-    held = pages_for(seen, PAGE) if pages is None else pages
+    held = num_pages(seen) if pages is None else pages
     return Candidate(number, (priority, number), seen, 1, drafts, held)
 
 
 def prompt(number: int, seen: int, pending: int, priority: int = 0, cut: int | None = None) -> Candidate:
-    return Candidate(number, (priority, number), seen, pending, 0, pages_for(seen + pending, PAGE), cut)
+    return Candidate(number, (priority, number), seen, pending, 0, num_pages(seen + pending), cut)
 
 
 @st.composite
@@ -40,7 +38,7 @@ def candidates(draw: st.DrawFn) -> list[Candidate]:
 
 @given(candidates(), st.integers(1, 700), st.integers(0, 3))
 def test_a_plan_keeps_every_budget_and_advances_somebody(found: list[Candidate], room: int, free: int) -> None:
-    chosen = plan(found, step_tokens=room, free_pages=free, page_tokens=PAGE)
+    chosen = plan(found, step_tokens=room, free_pages=free)
     by_number = {candidate.number: candidate for candidate in found}
     assert sum(share.tokens + share.drafts for share in chosen.shares) <= room
     returned = sum(by_number[number].pages for number in chosen.preempted)
@@ -54,30 +52,30 @@ def test_a_plan_keeps_every_budget_and_advances_somebody(found: list[Candidate],
         assert 1 <= share.tokens <= candidate.pending
         assert share.drafts <= candidate.drafts
         assert candidate.cut is None or end <= candidate.cut
-        assert pages_for(end + share.drafts, PAGE) <= candidate.pages + share.new_pages
+        assert num_pages(end + share.drafts) <= candidate.pages + share.new_pages
     assert chosen.shares or chosen.preempted
 
 
 @given(candidates(), st.integers(8, 700))
 def test_nobody_is_pushed_out_while_pages_are_free(found: list[Candidate], room: int) -> None:
-    assert plan(found, step_tokens=room, free_pages=len(found), page_tokens=PAGE).preempted == ()
+    assert plan(found, step_tokens=room, free_pages=len(found)).preempted == ()
 
 
 def test_who_answers_goes_before_who_reads() -> None:
-    chosen = plan([prompt(0, 0, 5000), decoding(1, 300)], step_tokens=512, free_pages=9, page_tokens=PAGE)
+    chosen = plan([prompt(0, 0, 5000), decoding(1, 300)], step_tokens=512, free_pages=9)
     shares = {share.number: share.tokens for share in chosen.shares}
     assert shares[1] == 1
     assert shares[0] == 384  # the rest of the step, down to the end of a page
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
-    chosen = plan([prompt(0, 0, 10**6), prompt(1, 0, 200)], step_tokens=512, free_pages=0, page_tokens=PAGE)
+    chosen = plan([prompt(0, 0, 10**6), prompt(1, 0, 200)], step_tokens=512, free_pages=0)
     assert {share.number: share.tokens for share in chosen.shares} == {0: 256, 1: 200}
 
 
 def test_the_last_in_order_gives_way_when_pages_run_out() -> None:
     found = [decoding(0, 128), decoding(1, 256), decoding(2, 128, priority=-1)]
-    chosen = plan(found, step_tokens=64, free_pages=0, page_tokens=PAGE)
+    chosen = plan(found, step_tokens=64, free_pages=0)
     assert chosen.preempted == (1,)
     assert {share.number: share.new_pages for share in chosen.shares} == {2: 1, 0: 1}
 
@@ -85,10 +83,10 @@ def test_the_last_in_order_gives_way_when_pages_run_out() -> None:
 def test_nobody_gives_way_for_a_guess() -> None:
     """Drafts that would need a page that is not free stay behind, and so do those that the step has no room for."""
     found = [decoding(0, 126, drafts=5), decoding(1, 200, drafts=5)]
-    chosen = plan(found, step_tokens=9, free_pages=0, page_tokens=PAGE)
+    chosen = plan(found, step_tokens=9, free_pages=0)
     assert chosen.preempted == ()
     assert {share.number: share.drafts for share in chosen.shares} == {0: 0, 1: 5}
-    chosen = plan(found, step_tokens=9, free_pages=1, page_tokens=PAGE)
+    chosen = plan(found, step_tokens=9, free_pages=1)
     assert {share.number: (share.drafts, share.new_pages) for share in chosen.shares} == {0: (5, 1), 1: (2, 0)}
 
 
@@ -120,7 +118,7 @@ def test_the_surest_drafts_go_first_whoever_has_them() -> None:
 
 
 def test_a_chunk_ends_where_the_state_is_kept() -> None:
-    (share,) = plan([prompt(0, 100, 900, cut=256)], step_tokens=512, free_pages=0, page_tokens=PAGE).shares
+    (share,) = plan([prompt(0, 100, 900, cut=256)], step_tokens=512, free_pages=0).shares
     assert share.tokens == 156
 
 
