@@ -6,7 +6,9 @@ record can neither be found by another text nor by another model, and nothing ha
 
 The store is LMDB: a write is a transaction, so a process that is killed, or a machine that stops, leaves the last
 complete state. Each record carries a checksum; a damaged one is dropped and counts as absent. When the records outgrow
-`max_bytes`, those that were not used for the longest time go. A full disk ends the writing, not the serving.
+`max_bytes`, those that were not used for the longest time go. A full disk ends the writing, not the serving; a store
+that is damaged itself is set aside, and an empty one takes its place. Several processes may use one folder. What is in
+it tells what was asked, so it is readable for its owner alone.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import numpy as np
@@ -26,6 +29,7 @@ from torch import Tensor
 DIGEST_BYTES = 16
 # LMDB wants to know how far its file may grow; pages of the tree and records that are being replaced come on top.
 MAP_FACTOR, MAP_SPARE_BYTES = 1.25, 64 * 2**20
+MOST_NOTES = 1024
 _CLOCK, _BYTES = b"clock", b"bytes"
 
 
@@ -61,12 +65,12 @@ class DiskCache:
     def __init__(self, folder: str | Path, fingerprint: str, max_bytes: int, report: Callable[[str], None]):
         self.folder, self.fingerprint, self.max_bytes, self.report = Path(folder), fingerprint, max_bytes, report
         self.counts = DiskCounts()
-        self.writable = True
+        self.readable = self.writable = True
+        self._uses: dict[bytes, None] = {}  # records that were read since the last write, the latest last
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._env = lmdb.open(
-                str(self.folder), map_size=int(max_bytes * MAP_FACTOR) + MAP_SPARE_BYTES, max_dbs=4, subdir=True
-            )
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._env = self._opened()
+            self._env.reader_check()  # a reader that was killed would keep the space of old records
             self._records = self._env.open_db(b"records")
             self._used = self._env.open_db(b"used")  # key of a record to the clock reading of its last use
             self._order = self._env.open_db(b"order")  # the same the other way round, oldest first
@@ -75,13 +79,13 @@ class DiskCache:
             raise DiskCacheError(f"{folder}: cannot be opened as a disk cache: {error}") from error
 
     def close(self) -> None:
+        self._change(self._note_uses)
         self._env.close()
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all records."""
-        with self._env.begin(db=self._meta) as read:
-            return _number(read.get(_BYTES))
+        return _number(self._get(_BYTES, self._meta))
 
     def has_page(self, key: bytes) -> bool:
         return self._has(b"p" + key)
@@ -104,7 +108,8 @@ class DiskCache:
         if not self.writable or not records:
             return
         try:
-            with self._env.begin(write=True) as change:
+            with self._begin(write=True) as change:
+                self._note_uses(change)
                 for key, tensors in records.items():
                     self._put(change, key, _encoded(tensors))
                 self._shrink(change)
@@ -112,15 +117,48 @@ class DiskCache:
             self.writable = False
             self.report(f"{self.folder}: the disk cache stops writing: {error}")
 
+    def _opened(self) -> lmdb.Environment:
+        """The store, or an empty one in place of one that is damaged."""
+        size = int(self.max_bytes * MAP_FACTOR) + MAP_SPARE_BYTES
+        store = self.folder / "data.mdb"
+        for _ in range(2):
+            try:
+                env = lmdb.open(str(self.folder), map_size=size, max_dbs=4, subdir=True, mode=0o600)
+                if (env.info()["last_pgno"] + 1) * env.stat()["psize"] <= store.stat().st_size:
+                    return env
+                env.close()  # the file was cut; reading what is missing would end the process
+            except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError):
+                pass
+            store.replace(store.with_suffix(".damaged"))
+            self.report(f"{store}: is damaged; it was renamed to {store.stem}.damaged, and the disk cache begins anew")
+        raise DiskCacheError(f"{self.folder}: cannot be opened as a disk cache: {store.name} stays damaged")
+
     # -- records ---------------------------------------------------------------------------------------------------
 
     def _has(self, key: bytes) -> bool:
-        with self._env.begin(db=self._used) as read:
-            return read.get(key) is not None
+        return self._get(key, self._used) is not None
+
+    def _get(self, key: bytes, table: Any) -> bytes | None:
+        if not self.readable:
+            return None
+        try:
+            with self._begin() as read:
+                value = read.get(key, db=table)
+                return None if value is None else bytes(value)
+        except lmdb.Error as error:
+            self.readable = self.writable = False
+            self.report(f"{self.folder}: the disk cache cannot be read any more and is left alone: {error}")
+            return None
+
+    def _begin(self, write: bool = False) -> lmdb.Transaction:
+        try:
+            return self._env.begin(write=write)
+        except lmdb.MapResizedError:  # another process allows it more
+            self._env.set_mapsize(0)
+            return self._env.begin(write=write)
 
     def _read(self, key: bytes) -> dict[str, Tensor] | None:
-        with self._env.begin(db=self._records) as read:
-            value = read.get(key)
+        value = self._get(key, self._records)
         if value is None:
             self.counts.misses += 1
             return None
@@ -131,7 +169,10 @@ class DiskCache:
             self._change(lambda change: self._drop(change, key))
             return None
         self.counts.hits += 1
-        self._change(lambda change: self._touch(change, key))
+        self._uses.pop(key, None)
+        self._uses[key] = None
+        if len(self._uses) >= MOST_NOTES:
+            self._change(self._note_uses)
         return tensors
 
     def _change(self, act: Callable[[lmdb.Transaction], None]) -> None:
@@ -139,11 +180,18 @@ class DiskCache:
         if not self.writable:
             return
         try:
-            with self._env.begin(write=True) as change:
+            with self._begin(write=True) as change:
                 act(change)
         except (OSError, lmdb.Error) as error:
             self.writable = False
             self.report(f"{self.folder}: the disk cache stops writing: {error}")
+
+    def _note_uses(self, change: lmdb.Transaction) -> None:
+        """Uses are noted many at a time: a transaction takes longer than reading a record."""
+        for key in self._uses:
+            if change.get(key, db=self._used) is not None:
+                self._touch(change, key)
+        self._uses.clear()
 
     def _put(self, change: lmdb.Transaction, key: bytes, value: bytes) -> None:
         if change.get(key, db=self._used) is None:

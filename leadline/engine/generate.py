@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from leadline.engine.disk import DiskCache
 from leadline.engine.engine import Engine, Settings
 from leadline.engine.request import LIKE_THE_MODEL, Request, Sampling
 from leadline.engine.sequence import Event, Finish
@@ -16,12 +17,18 @@ class GenerationError(ValueError):
 
 
 def engine_for(
-    model: Transformer, tokens: int, *, step_tokens: int = 512, speculate: bool = False, draft_cost: float = 0.0
+    model: Transformer,
+    tokens: int,
+    *,
+    step_tokens: int = 512,
+    speculate: bool = False,
+    draft_cost: float = 0.0,
+    disk: DiskCache | None = None,
 ) -> Engine:
     """An engine for one sequence of so many tokens, prompt and output."""
     pages = num_pages(tokens + 1)
     settings = Settings(slots=1, pages=pages, step_tokens=step_tokens, speculate=speculate, draft_cost=draft_cost)
-    return Engine(model, settings)
+    return Engine(model, settings, disk)
 
 
 def events(engine: Engine, request: Request) -> Iterator[Event]:

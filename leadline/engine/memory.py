@@ -32,6 +32,8 @@ class Memory:
             block_bytes=block_bytes,
             fingerprint=disk.fingerprint if disk else "",
         )
+        self.recalled_tokens = 0
+        """Tokens whose pages came back from disk."""
         self._free_slots = list(range(slots - 1, -1, -1))
 
     @property
@@ -176,6 +178,7 @@ class Memory:
                 tensor[page] = found[name].to(tensor.device)
             node = self.prefix.extend(node, link, page)
         self.pool.release(held)
+        self.recalled_tokens += (node.depth - path[-1].depth) * PAGE_TOKENS
         block = disk.read_block(node.link) if node.depth > path[-1].depth and disk.has_block(node.link) else None
         if block is not None:
             device = self.state.device

@@ -4,7 +4,7 @@ usage: leadline chat CHECKPOINT [--with FOLDER|FILE ...] [key=value ...] [--show
 
 CHECKPOINT is a folder in the official or transformers' layout with a tokenizer.json. With --with, the files are packed
 as `leadline pack` does and read before the first question; every question then begins where the cache ends. With
-disk=FOLDER the cache outlives the program: a second start with the same files has them at once.
+disk_cache=FOLDER the cache outlives the program: a second start with the same files has them at once.
 
 Answers appear as Markdown while they are written, thinking dimmed before them. Ctrl-C stops an answer and keeps what
 was said. A line that ends with a backslash goes on in the next. /help lists the commands: /mode, /budget, /think,
@@ -17,11 +17,11 @@ Without a terminal each line of standard input is a question or a command, and s
   temperature=X     0 takes the most likely token        top_p, top_k, min_p   leave out unlikely tokens
   seed=N            of the first answer                  budget=N       most tokens of thinking
   system=TEXT       what the model is told               release=NAME   preview or 0731, which names modes otherwise
-  disk=FOLDER       of the cache                         disk_bytes=N   most of it, 32G if not given
+  disk_cache=FOLDER of the cache                         disk_cache_gib=32   most of it
   exclude=, file_bytes=, total_bytes=   as for `leadline pack`
   cache=, dtype=, device=, step_tokens=, speculate=, draft_cost=   as for `leadline generate`
 
-  leadline chat runs/demo/checkpoint --with . exclude=tests disk=~/.cache/leadline
+  leadline chat runs/demo/checkpoint --with . exclude=tests disk_cache=~/.cache/leadline
   echo "What does this package do?" | leadline chat runs/demo/checkpoint --with src
 """
 
@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,7 @@ from leadline.engine.generate import GenerationError
 from leadline.engine.request import RequestError, Sampling
 from leadline.model.page_table import num_pages
 from leadline.model.transformer import Transformer
+from leadline.recipes.disk_cache import GIB, open_disk_cache
 from leadline.recipes.load_model import CacheName, DtypeName, load_model
 from leadline.recipes.pack import files_of, split_paths
 from leadline.recipes.terminal.commands import run
@@ -54,7 +55,6 @@ from leadline.recipes.terminal.session import Session
 from leadline.text.chat import Mode, Release
 from leadline.text.messages import ChatError
 from leadline.text.tokenizer import Tokenizer, TokenizerError
-from leadline.weights.fingerprint import fingerprint
 
 # Beside the files, when context= does not say: a few questions and answers.
 TALK_TOKENS = 2**14
@@ -82,8 +82,8 @@ class Options:
     top_k: int = 0
     min_p: float = 0.0
     seed: int = 0
-    disk: Path | None = None
-    disk_bytes: int = 2**35
+    disk_cache: Path | None = None
+    disk_cache_gib: float = GIB
     exclude: tuple[str, ...] = ()
     file_bytes: int = 2**20
     total_bytes: int = 2**26
@@ -147,9 +147,17 @@ def start(folder: Path, paths: Sequence[str], options: Options, screen: Screen, 
     model = load_model(
         folder, device=options.device, dtype=options.dtype, cache=options.cache, with_mtp=options.speculate
     )
-    engine = engine_for_talk(
-        model, opening_tokens, options, disk_cache(folder, model.embed.weight.device.type, options, screen.note)
+    disk = open_disk_cache(
+        options.disk_cache,
+        options.disk_cache_gib,
+        folder,
+        model,
+        dtype=options.dtype,
+        cache=options.cache,
+        others=f"speculate={options.speculate}",
+        report=screen.note,
     )
+    engine = engine_for_talk(model, opening_tokens, options, disk)
     return Session(
         engine,
         tokenizer,
@@ -181,14 +189,6 @@ def engine_for_talk(model: Transformer, opening_tokens: int, options: Options, d
         draft_cost=options.draft_cost,
     )
     return Engine(model, settings, disk)
-
-
-def disk_cache(folder: Path, kind: str, options: Options, report: Callable[[str], None]) -> DiskCache | None:
-    """The cache of disk=FOLDER, for what this model computes on this kind of device in these formats."""
-    if options.disk is None:
-        return None
-    model = f"{fingerprint(folder)} {options.dtype} {options.cache} {kind} mtp={options.speculate}"
-    return DiskCache(options.disk.expanduser(), model, options.disk_bytes, report)
 
 
 def talk(session: Session, lines: Iterator[str]) -> int:

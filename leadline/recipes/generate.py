@@ -14,6 +14,7 @@ the time to the first token, the bytes of the cache, and how many guesses were r
   draft_cost=X      what one more token costs in a step, in steps: above 0, only sure guesses of draft stages are tried
   cache=FORMAT      exact, served or packed           dtype=KIND        file, float32, bfloat16 or float16
   device=NAME       cpu, cuda; default: the GPU if there is one
+  disk_cache=FOLDER of prompts that were read before  disk_cache_gib=32 most of it
 
   leadline generate runs/demo/checkpoint "def add(a, b):" max_tokens=64 temperature=0
 """
@@ -24,6 +25,7 @@ import codecs
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -34,6 +36,7 @@ from leadline.engine.engine import Engine
 from leadline.engine.generate import GenerationError, engine_for
 from leadline.engine.request import Request, Sampling
 from leadline.engine.sequence import Usage
+from leadline.recipes.disk_cache import GIB, open_disk_cache
 from leadline.recipes.load_model import CacheName, DtypeName, load_model
 from leadline.text.tokenizer import Tokenizer
 
@@ -54,6 +57,8 @@ class Options:
     cache: CacheName = "exact"
     dtype: DtypeName = "file"
     device: str = "auto"
+    disk_cache: Path | None = None
+    disk_cache_gib: float = GIB
 
 
 def main(arguments: list[str]) -> int:
@@ -74,10 +79,29 @@ def main(arguments: list[str]) -> int:
         (tokenizer.bos_id, *tokenizer.encode(prompt)), options.max_tokens, sampling, frozenset({tokenizer.eos_id})
     )
     tokens = len(request.prompt) + options.max_tokens
-    engine = engine_for(
-        model, tokens, step_tokens=options.step_tokens, speculate=options.speculate, draft_cost=options.draft_cost
+    disk = open_disk_cache(
+        options.disk_cache,
+        options.disk_cache_gib,
+        folder,
+        model,
+        dtype=options.dtype,
+        cache=options.cache,
+        others=f"speculate={options.speculate}",
+        report=partial(Console(stderr=True).print, highlight=False, soft_wrap=True),
     )
-    say(engine, request, tokenizer)
+    engine = engine_for(
+        model,
+        tokens,
+        step_tokens=options.step_tokens,
+        speculate=options.speculate,
+        draft_cost=options.draft_cost,
+        disk=disk,
+    )
+    try:
+        say(engine, request, tokenizer)
+    finally:
+        if disk is not None:
+            disk.close()
     return 0
 
 

@@ -19,6 +19,8 @@ http://127.0.0.1:8000/v1 and any API key. Ctrl-C or SIGTERM lets running answers
   body_mib=32       most of a request                 origins=URL,URL   web pages that may call the server
   grace=60          seconds for running answers at the end
   log_prompts=no    prompts are logged only if asked  allow_short_max=no   mode max with less than 384K of context
+  disk_cache=FOLDER of prompts, outlives the server   disk_cache_gib=32 most of it
+  window_policy=periodic   full, periodic or zero: how much of each prefix is kept, and how little is computed again
   batch_invariant=no   on the CPU: the same bits whatever else is served, slower
   replicas=1        servers behind this address, each with a GPU to itself; needs `pip install 'leadline[ray]'`
   cluster=ADDRESS   of a Ray cluster that they are spread over, default: this machine
@@ -44,10 +46,13 @@ from rich.console import Console
 from starlette.types import ASGIApp
 
 from leadline.cli import UsageError, resolve, show
+from leadline.engine.disk import DiskCache
 from leadline.engine.engine import Engine, Settings
+from leadline.engine.prefix import WindowPolicy
 from leadline.model.config import ModelConfig
 from leadline.model.page_table import num_pages
 from leadline.model.transformer import Transformer
+from leadline.recipes.disk_cache import GIB, open_disk_cache
 from leadline.recipes.load_model import CacheName, DtypeName, load_model
 from leadline.serve.app import create_app
 from leadline.serve.limits import Keys, Limits
@@ -83,6 +88,9 @@ class Options:
     log_prompts: bool = False
     allow_short_max: bool = False
     batch_invariant: bool = False
+    disk_cache: Path | None = None
+    disk_cache_gib: float = GIB
+    window_policy: Literal["full", "periodic", "zero"] = "periodic"
     replicas: int = 1
     cluster: str = ""
     grace: int = 60
@@ -99,6 +107,7 @@ def main(arguments: list[str]) -> int:
     if options.replicas < 1:
         raise UsageError(f"replicas={options.replicas}: expected 1 or more")
     folder = Path(words[0])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     keys = Keys.from_file(options.api_key_file) if options.api_key_file else Keys([])
     console = Console(stderr=True)
     if not keys.needed and not is_loopback(options.host):
@@ -146,7 +155,6 @@ def _listen(
     app: ASGIApp, options: Options, name: str, note: str, console: Console, lifespan: Literal["auto", "off"] = "auto"
 ) -> None:
     """Serve until a signal comes, and let running answers finish."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     with bound(options.host, options.port) as listening:
         host, port = listening.getsockname()[:2]
         console.print(f"serving {name} at http://{host}:{port}/v1", highlight=False, soft_wrap=True)
@@ -172,14 +180,24 @@ def build(folder: Path, options: Options, keys: Keys) -> Service:
         options.log_prompts,
         limits_of(options),
     )
-    return Service(engine_of(model, options), tokenizer, policy, keys)
+    disk = open_disk_cache(
+        options.disk_cache,
+        options.disk_cache_gib,
+        folder,
+        model,
+        dtype=options.dtype,
+        cache=options.cache,
+        others=f"speculate={options.speculate} batch_invariant={options.batch_invariant}",
+        report=logging.getLogger("leadline.serve").warning,
+    )
+    return Service(engine_of(model, options, disk), tokenizer, policy, keys)
 
 
 def limits_of(options: Options) -> Limits:
     return Limits(body_bytes=options.body_mib * 2**20, queue=options.queue)
 
 
-def engine_of(model: Transformer, options: Options) -> Engine:
+def engine_of(model: Transformer, options: Options, disk: DiskCache | None) -> Engine:
     context = min(options.context, model.config.max_position_embeddings)
     pages = options.pages or options.slots * num_pages(context + 1)
     return Engine(
@@ -189,10 +207,12 @@ def engine_of(model: Transformer, options: Options) -> Engine:
             pages=pages,
             max_tokens=context,
             step_tokens=options.step_tokens,
+            policy=WindowPolicy(options.window_policy),
             speculate=options.speculate,
             draft_cost=options.draft_cost,
             batch_invariant=options.batch_invariant,
         ),
+        disk,
     )
 
 

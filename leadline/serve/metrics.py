@@ -104,6 +104,7 @@ class _Engine(Collector):
             "kv_cache_pages": ("Pages that are held, by sequences or the prefix cache.", look.held_pages),
             "prefix_cache_pages": ("Pages that the prefix cache holds.", look.cached_pages),
             "kv_cache_bytes": ("Bytes of all slots, pages and blocks that are held.", look.cache_bytes),
+            "disk_cache_bytes": ("Bytes of all records of the prefix cache on disk.", look.disk_bytes),
         }
         for name, (text, value) in gauges.items():
             gauge = GaugeMetricFamily(f"leadline:{name}", text, labels=["model_name"])
@@ -112,6 +113,10 @@ class _Engine(Collector):
         counters = {
             "num_preemptions": ("States given up and computed again.", look.preempted),
             "spec_decode_num_damaged_drafts": ("Guesses that NaN cut short.", look.damaged_drafts),
+            "external_prefix_cache_hits": ("Tokens that the prefix cache had back from disk.", look.recalled_tokens),
+            "disk_cache_written": ("Records written to the prefix cache on disk.", look.disk.written),
+            "disk_cache_evicted": ("Records that went because it was full.", look.disk.evicted),
+            "disk_cache_damaged": ("Records that were dropped because they were damaged.", look.disk.damaged),
         }
         for name, (text, value) in counters.items():
             counter = CounterMetricFamily(f"leadline:{name}", text, labels=["model_name"])

@@ -14,8 +14,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from leadline.engine.disk import DiskCounts
 from leadline.engine.engine import Engine
 from leadline.engine.request import Request, RequestError
 from leadline.engine.sequence import Event, Finish, Usage
@@ -28,7 +29,8 @@ _LOOK_S = 0.5
 class Look:
     """The engine at a glance. free_slots: that no sequence has. pages: of the pool; held_pages: by running sequences
     and the prefix cache; cached_pages: by the prefix cache (some of them by running sequences too). cache_bytes: of
-    everything held. damaged_drafts: guesses that NaN cut short."""
+    everything held. damaged_drafts: guesses that NaN cut short. recalled_tokens: whose pages came back from disk;
+    disk_bytes: held there."""
 
     running: int = 0
     waiting: int = 0
@@ -39,6 +41,9 @@ class Look:
     cache_bytes: int = 0
     preempted: int = 0
     damaged_drafts: int = 0
+    recalled_tokens: int = 0
+    disk_bytes: int = 0
+    disk: DiskCounts = field(default_factory=DiskCounts)
 
 
 class Stream:
@@ -99,11 +104,13 @@ class Worker:
         self._thread.start()
 
     async def stop(self) -> None:
-        """End what still runs, then the thread."""
+        """End what still runs, then the thread, then the use of the disk."""
         for stream in list(self._open):
             stream.cancel()
         self._commands.put(self._stop)
         await asyncio.to_thread(self._thread.join)
+        if self.engine.memory.disk is not None:
+            self.engine.memory.disk.close()
 
     @property
     def num_open(self) -> int:
@@ -201,7 +208,7 @@ class Worker:
             return
         self._looked = now
         engine, memory = self.engine, self.engine.memory
-        pool = memory.pool
+        pool, disk = memory.pool, memory.disk
         self.look = Look(
             len(engine.running),
             len(engine.waiting),
@@ -212,4 +219,7 @@ class Worker:
             engine.cache_bytes,
             engine.num_preempted,
             engine.num_damaged_drafts,
+            memory.recalled_tokens,
+            disk.num_bytes if disk else 0,
+            replace(disk.counts) if disk else DiskCounts(),
         )

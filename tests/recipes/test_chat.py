@@ -77,7 +77,7 @@ def read_ahead(notes: str) -> tuple[int, int]:
 def test_a_second_start_reads_from_the_disk(
     piped: Callable[..., tuple[int, str, str]], project: Path, tmp_path: Path
 ) -> None:
-    disk = f"disk={tmp_path / 'disk'}"
+    disk = f"disk_cache={tmp_path / 'disk'}"
     _, cold_answer, notes = piped("one\n", *GREEDY, disk, "--with", project)
     tokens, known = read_ahead(notes)
     assert known == 0
@@ -123,7 +123,7 @@ def test_a_line_that_cannot_be_acted_on_fails_the_run_and_not_the_next(
         (["{checkpoint}", "context=64", "--with", "{project}"], "the context 64: raise context="),
         (["{checkpoint}", "--with", "{large}"], "the model has no longer one"),
         (["{project}"], "tokenizer.json: no such file"),
-        (["{checkpoint}", "disk={large}"], "cannot be opened as a disk cache"),
+        (["{checkpoint}", "disk_cache={large}"], "cannot be opened as a disk cache"),
     ],
 )
 def test_refusals_are_one_line(

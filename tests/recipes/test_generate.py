@@ -87,6 +87,23 @@ def test_the_prompt_comes_from_a_file_or_from_standard_input(
         generate.main([str(checkpoint), f"@{tmp_path / 'absent'}"])
 
 
+def test_a_second_run_reads_the_prompt_from_the_disk(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts, cached = [], []
+    for extra in ([], [f"disk_cache={tmp_path}"], [f"disk_cache={tmp_path}"]):
+        generate.main([str(checkpoint), PROMPT * 40, "max_tokens=5", "temperature=0", *extra])
+        printed = capsys.readouterr()
+        texts.append(printed.out)
+        cached.append(re.search(r"(\d+) from the cache", printed.err))
+    assert texts[0] == texts[1] == texts[2]
+    assert cached[:2] == [None, None]
+    assert cached[2]
+    assert int(cached[2][1]) >= 128
+    with pytest.raises(UsageError, match="disk_cache_gib=0"):
+        generate.main([str(checkpoint), PROMPT, "disk_cache_gib=0"])
+
+
 def test_what_is_missing_is_said(checkpoint: Path) -> None:
     with pytest.raises(UsageError, match="expected a checkpoint folder and a prompt, found 1"):
         generate.main([str(checkpoint)])

@@ -6,7 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -23,45 +28,106 @@ from leadline.weights.save import save_checkpoint
 BODY = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 200, "stream": True, "seed": 1}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("serve")
+def write_checkpoint(folder: Path, seed: int) -> Path:
     tokenizer = Tokenizer.train(["the quick brown fox"], 256 + len(SPECIAL_TOKENS))
     tokenizer.save(folder / "tokenizer")
     config = TINY.replace(vocab_size=tokenizer.vocab_size)
     model = Transformer(config)
-    initialize(model, 0)
+    initialize(model, seed)
     files = sorted((folder / "tokenizer").iterdir())
     save_checkpoint(model, config, folder / "model", tokenizer_files=files)
     return folder / "model"
 
 
-def test_sigterm_lets_a_running_answer_finish(checkpoint: Path) -> None:
-    command = [sys.executable, "-m", "leadline", "serve", str(checkpoint), "port=0", "context=512", "slots=1"]
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("serve"), 0)
+
+
+@dataclass
+class Server:
+    """`leadline serve` in a process of its own."""
+
+    url: str
+    process: subprocess.Popen[str]
+    before: str
+
+    def ask(self, text: str) -> dict[str, Any]:
+        body = {**BODY, "messages": [{"role": "user", "content": text}], "max_tokens": 8, "stream": False}
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=60).raise_for_status().json()
+
+    def figure(self, name: str) -> float:
+        """A metric."""
+        match = re.search(rf"^leadline:{name}{{.*}} (\S+)$", httpx.get(f"{self.url}/metrics").text, re.M)
+        assert match, name
+        return float(match[1])
+
+    def log(self) -> str:
+        """Everything that it wrote, until its end."""
+        assert self.process.stderr is not None
+        return self.before + self.process.stderr.read()
+
+
+@contextmanager
+def started(checkpoint: Path, *settings: str) -> Iterator[Server]:
+    """A server; it is killed when the context ends."""
+    command = [sys.executable, "-m", "leadline", "serve", str(checkpoint), "port=0", "slots=1", *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stderr is not None
-            line = process.stderr.readline()
-            match = re.fullmatch(r"serving model at (http://127\.0\.0\.1:\d+)/v1\n", line)
-            assert match, line
-            with httpx.stream("POST", f"{match[1]}/v1/chat/completions", json=BODY, timeout=60) as answer:
-                lines = answer.iter_lines()
-                assert next(lines).startswith("data: ")
-                process.send_signal(signal.SIGTERM)
-                rest = [line for line in lines if line]
-            log = process.stderr.read()
+            lines = [process.stderr.readline()]
+            while not (match := re.fullmatch(r"serving model at (http://127\.0\.0\.1:\d+)/v1\n", lines[-1])):
+                assert lines[-1], "".join(lines)
+                lines.append(process.stderr.readline())
+            yield Server(match[1], process, "".join(lines))
         finally:
             process.kill()
+
+
+def test_sigterm_lets_a_running_answer_finish(checkpoint: Path) -> None:
+    with started(checkpoint, "context=512") as server:
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=BODY, timeout=60) as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: ")
+            server.process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        log = server.log()
     assert rest[-1] == "data: [DONE]"
     assert '"finish_reason":"' in rest[-2]
     assert "hello" not in log
 
 
+def test_what_a_killed_server_has_read_the_next_one_has_at_once(checkpoint: Path, tmp_path: Path) -> None:
+    """But not one of another model, nor one whose cache was damaged."""
+    question = "the quick brown fox " * 80
+    store = tmp_path / "cache" / "data.mdb"
+    settings = (f"disk_cache={store.parent}", "disk_cache_gib=0.1", "context=2K", "batch_invariant=yes")
+    other = write_checkpoint(tmp_path / "other", 1)
+    answers: list[dict[str, Any]] = []
+    cached: list[int] = []
+    for folder, end in ((checkpoint, "kill"), (checkpoint, "stop"), (other, "stop"), (checkpoint, "stop")):
+        with started(folder, *settings) as server:
+            answers.append(server.ask(question))
+            cached.append(answers[-1]["usage"]["prompt_tokens_details"]["cached_tokens"])
+            server.ask("short")
+            time.sleep(0.6)  # the figures are looked at twice a second
+            server.ask("short")
+            assert server.figure("external_prefix_cache_hits_total") == cached[-1]
+            assert server.figure("disk_cache_bytes") > 0
+            server.process.send_signal(signal.SIGKILL if end == "kill" else signal.SIGTERM)
+            assert ("begins anew" in server.log()) is (len(answers) == 4)
+        if len(answers) == 3:
+            store.write_bytes(store.read_bytes()[: store.stat().st_size // 2])
+    assert cached == [0, (answers[0]["usage"]["prompt_tokens"] - 1) // 128 * 128, 0, 0]
+    assert [answers[n]["choices"] == answers[0]["choices"] for n in (1, 2, 3)] == [True, False, True]
+
+
 def test_a_checkpoint_becomes_a_service(checkpoint: Path) -> None:
-    service = build(checkpoint, Options(context=600, slots=2, aliases=("gpt",)), Keys([]))
+    service = build(checkpoint, Options(context=600, slots=2, aliases=("gpt",), window_policy="zero"), Keys([]))
     assert (service.policy.name, service.context_tokens, service.slots) == ("model", 600, 2)
     service.require_model("gpt")
+    assert service.worker.engine.memory.policy.kind == "zero"
     pool = service.worker.engine.memory.pool
     assert pool.num_pages == 2 * 5  # 600 tokens and one more, for both
     assert capacity(service).startswith("context 600 tokens, 2 answers at once and 64 waiting, cache ")
