@@ -92,7 +92,7 @@ def test_a_second_run_reads_the_prompt_from_the_disk(
 ) -> None:
     texts, cached = [], []
     for extra in ([], [f"disk_cache={tmp_path}"], [f"disk_cache={tmp_path}"]):
-        generate.main([str(checkpoint), PROMPT * 40, "max_tokens=5", "temperature=0", *extra])
+        generate.main([str(checkpoint), PROMPT * 100, "max_tokens=5", "temperature=0", *extra])
         printed = capsys.readouterr()
         texts.append(printed.out)
         cached.append(re.search(r"(\d+) from the cache", printed.err))
