@@ -120,10 +120,12 @@ class Engine:
         """Whether a step has anything to do."""
         return bool(self.waiting or self.running or self._events)
 
-    def submit(self, request: Request) -> int:
-        """Queue a request; returns the number of its sequence. RequestError when it can never be served."""
+    def submit(self, request: Request, said: tuple[int, ...] = ()) -> int:
+        """Queue a request; returns the number of its sequence. RequestError when it can never be served.
+
+        said: what its output began with, elsewhere or before; it goes on behind that, and says the rest only."""
         vocabulary = self.runner.model.config.vocab_size
-        wrong = next((token for token in request.prompt if not 0 <= token < vocabulary), None)
+        wrong = next((token for token in (*request.prompt, *said) if not 0 <= token < vocabulary), None)
         if wrong is not None:
             raise RequestError(f"the prompt holds token {wrong}: this model knows ids 0 to {vocabulary - 1}")
         if len(request.prompt) >= self.max_tokens:
@@ -134,6 +136,9 @@ class Engine:
         sequence = Sequence(self._next_number, request, self.drafter.name if self.drafter else "")
         self._next_number += 1
         self.waiting.append(sequence)
+        ends = next((finish for token in said if (finish := sequence.append(token))), None)
+        if ends is not None:
+            self._end(sequence, ends)
         return sequence.number
 
     def cancel(self, number: int) -> None:
@@ -146,6 +151,10 @@ class Engine:
     def seen(self, number: int) -> int:
         """How many tokens of a running sequence its state has taken in; 0 while it waits and after its end."""
         return next((sequence.seen for sequence in self.running if sequence.number == number), 0)
+
+    def output(self, number: int) -> list[int]:
+        """What a sequence has said that has not ended."""
+        return next(sequence.output for sequence in [*self.running, *self.waiting] if sequence.number == number)
 
     @property
     def cache_bytes(self) -> int:

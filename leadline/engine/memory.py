@@ -60,7 +60,7 @@ class Memory:
         sequence.pages = [*match.pages, *self.pool.take(needed)]
         sequence.seen, sequence.written, sequence.node = match.start, match.known, match.node
         if sequence.cached_tokens is None:
-            sequence.cached_tokens = match.start
+            sequence.cached_tokens = min(match.start, len(sequence.request.prompt))
         self.state.clear(sequence.slot)
         if match.block is not None:
             self.state.restore(sequence.slot, match.block)

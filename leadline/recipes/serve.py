@@ -18,6 +18,9 @@ http://127.0.0.1:8000/v1 and any API key. Ctrl-C or SIGTERM lets running answers
   device=NAME       cpu, cuda; default: the GPU if there is one
   body_mib=32       most of a request                 origins=URL,URL   web pages that may call the server
   grace=60          seconds for running answers at the end
+  keep=FOLDER       answers that do not end within it are kept here, prompts included, and go on at the next start;
+                    GET /v1/responses/ID fetches them. Answers with background=true are kept here too
+  keep_hours=24     after which they are forgotten
   log_prompts=no    prompts are logged only if asked  allow_short_max=no   mode max with less than 384K of context
   disk_cache=FOLDER of prompts, outlives the server   disk_cache_gib=32 most of it
   window_policy=periodic   full, periodic or zero: how much of each prefix is kept, and how little is computed again
@@ -30,11 +33,13 @@ http://127.0.0.1:8000/v1 and any API key. Ctrl-C or SIGTERM lets running answers
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import os
 import secrets
 import socket
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,11 +60,16 @@ from leadline.model.transformer import Transformer
 from leadline.recipes.disk_cache import GIB, open_disk_cache
 from leadline.recipes.load_model import CacheName, DtypeName, load_model
 from leadline.serve.app import create_app
+from leadline.serve.kept import Kept
 from leadline.serve.limits import Keys, Limits
 from leadline.serve.relay import create_relay
 from leadline.serve.service import Policy, Service
 from leadline.text.chat import Mode, Release
 from leadline.text.tokenizer import Tokenizer
+from leadline.weights.fingerprint import fingerprint
+
+LAST_WORDS_S = 5
+"""For clients to read that their answer ends."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,8 @@ class Options:
     replicas: int = 1
     cluster: str = ""
     grace: int = 60
+    keep: Path | None = None
+    keep_hours: float = 24.0
 
 
 def main(arguments: list[str]) -> int:
@@ -104,6 +116,8 @@ def main(arguments: list[str]) -> int:
         return 0
     if len(words) != 1:
         raise UsageError(f"expected one checkpoint folder, found {len(words)} of them: {' '.join(words)}")
+    if options.keep is not None and (options.replicas > 1 or options.cluster):
+        raise UsageError("keep= goes with one server, not with replicas=; leave one of them out")
     if options.replicas < 1:
         raise UsageError(f"replicas={options.replicas}: expected 1 or more")
     folder = Path(words[0])
@@ -120,7 +134,7 @@ def main(arguments: list[str]) -> int:
         return 0
     service = build(folder, options, keys)
     app = create_app(service, origins=options.origins, hosts=hosts)
-    _listen(app, options, service.policy.name, capacity(service), console)
+    _listen(app, options, service.policy.name, capacity(service), console, suspend=service.suspend)
     return 0
 
 
@@ -151,18 +165,52 @@ def _serve_replicas(folder: Path, options: Options, keys: Keys, hosts: list[str]
         _listen(app, options, name, f"{options.replicas} replicas on {where}", console, lifespan="off")
 
 
+class GracefulServer(uvicorn.Server):
+    """A server that lets running answers finish for a while, and then ends the others in words."""
+
+    def __init__(self, config: uvicorn.Config, grace_s: float, suspend: Callable[[], Awaitable[None]]):
+        super().__init__(config)
+        self._grace_s, self._suspend = grace_s, suspend
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.ensure_future(self._end_after_grace())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    async def _end_after_grace(self) -> None:
+        await asyncio.sleep(self._grace_s)
+        await self._suspend()
+
+
+async def _nothing() -> None:
+    """Replicas end what they say themselves."""
+
+
 def _listen(
-    app: ASGIApp, options: Options, name: str, note: str, console: Console, lifespan: Literal["auto", "off"] = "auto"
+    app: ASGIApp,
+    options: Options,
+    name: str,
+    note: str,
+    console: Console,
+    *,
+    suspend: Callable[[], Awaitable[None]] = _nothing,
+    lifespan: Literal["auto", "off"] = "auto",
 ) -> None:
-    """Serve until a signal comes, and let running answers finish."""
+    """Serve until a signal comes, and let running answers finish. suspend: ends those that do not."""
     with bound(options.host, options.port) as listening:
         host, port = listening.getsockname()[:2]
         console.print(f"serving {name} at http://{host}:{port}/v1", highlight=False, soft_wrap=True)
         console.print(note, highlight=False, soft_wrap=True, style="dim")
         config = uvicorn.Config(
-            app, timeout_graceful_shutdown=options.grace, server_header=False, log_level="info", lifespan=lifespan
+            app,
+            timeout_graceful_shutdown=options.grace + LAST_WORDS_S,
+            server_header=False,
+            log_level="info",
+            lifespan=lifespan,
         )
-        uvicorn.Server(config).run(sockets=[listening])
+        GracefulServer(config, options.grace, suspend).run(sockets=[listening])
 
 
 def build(folder: Path, options: Options, keys: Keys) -> Service:
@@ -190,7 +238,16 @@ def build(folder: Path, options: Options, keys: Keys) -> Service:
         others=f"speculate={options.speculate} batch_invariant={options.batch_invariant}",
         report=logging.getLogger("leadline.serve").warning,
     )
-    return Service(engine_of(model, options, disk), tokenizer, policy, keys)
+    return Service(engine_of(model, options, disk), tokenizer, policy, keys, kept_of(folder, options))
+
+
+def kept_of(folder: Path, options: Options) -> Kept | None:
+    if not options.keep_hours > 0:
+        raise UsageError(f"keep_hours={options.keep_hours}: expected more than 0")
+    if options.keep is None:
+        return None
+    report = logging.getLogger("leadline.serve").warning
+    return Kept(options.keep.expanduser(), fingerprint(folder), options.keep_hours * 3600, report)
 
 
 def limits_of(options: Options) -> Limits:

@@ -20,6 +20,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from leadline import __version__
 from leadline.serve import chat_completions, completions, messages, plain, responses, web
+from leadline.serve.background import Background
 from leadline.serve.http import OPEN_PATHS, Gate, error_response
 from leadline.serve.limits import Refused
 from leadline.serve.service import Service
@@ -37,15 +38,23 @@ def create_app(service: Service, *, origins: Sequence[str] = (), hosts: Sequence
     any. With names, a web page cannot reach a server on this machine by a domain that it points here.
     """
 
+    background = Background(service)
+
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         service.worker.start()
+        background.go_on()
         yield
+        await service.suspend()
+        await background.stop()
         await service.worker.stop()
+        if service.kept is not None:
+            service.kept.close()
 
     app = FastAPI(title="leadline", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
-    for module in (chat_completions, completions, responses, messages, plain, web):
-        app.include_router(module.router(service), responses=_ERRORS)
+    routers = [module.router(service) for module in (chat_completions, completions, messages, plain, web)]
+    for router in (*routers, responses.router(service, background)):
+        app.include_router(router, responses=_ERRORS)
     _speak_in_errors(app, service)
     open_paths = {*OPEN_PATHS, *web.FILES}
     app.add_middleware(
@@ -53,7 +62,7 @@ def create_app(service: Service, *, origins: Sequence[str] = (), hosts: Sequence
     )
     if origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"]
+            CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"]
         )
     if hosts:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)

@@ -16,17 +16,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from leadline.engine.request import LIKE_THE_MODEL, Request, RequestError, Sampling, ThinkingBudget, TokenMask
+from leadline.engine.request import LIKE_THE_MODEL, RequestError, Sampling
 from leadline.serve.fields import Sampled
 from leadline.serve.grammar import Format, GrammarError, any_object_form, either, json_form
 from leadline.serve.limits import Refused
-from leadline.serve.reply import PlainText, Reply
+from leadline.serve.reply import NO_FRAME, Reply
 from leadline.serve.service import MAX_NEEDS_TOKENS, Service
+from leadline.serve.wanted import Wanted
 from leadline.text.chat import EFFORT, Mode, Prompt, render, with_response_format, with_tools
 from leadline.text.messages import ChatError
-from leadline.text.parse import TokenParser
 from leadline.text.tokenizer import TokenizerError
-from leadline.text.tools import DSML, THINK_END
 
 _Value = TypeVar("_Value")
 
@@ -173,48 +172,40 @@ def stops_of(stop: str | Sequence[str] | None) -> tuple[str, ...]:
 # -- from the ask to the engine -------------------------------------------------------------------------------------
 
 
-async def open_replies(service: Service, ask: Ask, namespace: str) -> list[Reply]:
-    """Submit an ask; one reply for each choice, of which the caller reads or closes all. Raises Refused."""
+async def open_replies(service: Service, ask: Ask, namespace: str, frame: Mapping[str, Any] = NO_FRAME) -> list[Reply]:
+    """Submit an ask; one reply for each choice, of which the caller reads or closes all. frame: see `Reply`. Raises
+    Refused."""
     _require_choices(service, ask.choices)
     service.require_room(ask.choices)
     prompt, ids = await asyncio.to_thread(encoded, service, ask)
     opens = prompt.opens
     if opens is None:
         raise Refused(400, "the conversation asks for no answer; end it with a user or tool message", param="messages")
-    thinking = opens == "reasoning"
     form = _form(service, ask)
-    grammar = None
-    if form is not None:
-        try:
-            grammar = await asyncio.to_thread(service.grammars.compile, form)
-        except GrammarError as error:
-            raise Refused(400, str(error), param="response_format" if ask.response_format else "tools") from None
-    sampling = ask.sampling
-    if ask.tool_choice.kind == "none" or not ask.tools:  # no markup of calls where nobody expects a call
-        sampling = replace(
-            sampling, logit_bias={**sampling.logit_bias, service.tokenizer.token_id(DSML): float("-inf")}
-        )
-    think_end = service.tokenizer.token_id(THINK_END)
-    budget = ThinkingBudget(ask.budget, think_end) if thinking and ask.budget is not None else None
-    replies: list[Reply] = []
+    try:
+        grammar = None if form is None else await asyncio.to_thread(service.grammars.compile, form)
+    except GrammarError as error:
+        raise Refused(400, str(error), param="response_format" if ask.response_format else "tools") from None
     require_room_for_prompt(service, len(ids))
     service.require_room(ask.choices)  # others may have come while this was being prepared
-    for choice in range(ask.choices):
-        request = Request(
-            tuple(ids),
-            ask.max_tokens or _default_max_tokens(service, len(ids)),
-            replace(sampling, seed=sampling.seed + choice),
-            frozenset({service.tokenizer.eos_id}),
-            thinking=budget,
-            mask=service.grammars.mask(grammar, thinking) if grammar else _plain_mask(service),
-            namespace=namespace,
-        )
-        parser = TokenParser(service.tokenizer, opens)
-        one_call = not ask.parallel
-        replies.append(Reply(service, request, parser, mode=ask.mode, opens=opens, stop=ask.stop, one_call=one_call))
+    wanted = Wanted(
+        tuple(ids),
+        ask.max_tokens or _default_max_tokens(service, len(ids)),
+        ask.sampling,
+        ask.mode,
+        opens,
+        ask.budget,
+        form,
+        may_call=bool(ask.tools) and ask.tool_choice.kind != "none",  # no markup of calls where nobody expects a call
+        one_call=not ask.parallel,
+        stop=ask.stop,
+        namespace=namespace,
+    )
+    seeds = [ask.sampling.seed + choice for choice in range(ask.choices)]
+    each = [replace(wanted, sampling=replace(ask.sampling, seed=seed)) for seed in seeds]
     if service.policy.log_prompts:
         _LOG.info("prompt: %s", json.dumps(prompt.text, ensure_ascii=False))
-    return replies
+    return [Reply(service, one, grammar, frame=frame) for one in each]
 
 
 def encoded(service: Service, ask: Ask) -> tuple[Prompt, list[int]]:
@@ -245,15 +236,8 @@ def open_completion(
 ) -> Reply:
     """Submit a prompt without a conversation; its reply is plain text. The caller has checked the ids and
     made sure of room."""
-    request = Request(
-        tuple(ids),
-        max_tokens or _default_max_tokens(service, len(ids)),
-        sampling,
-        frozenset({service.tokenizer.eos_id}),
-        mask=_plain_mask(service),
-        namespace=namespace,
-    )
-    return Reply(service, request, PlainText(service.tokenizer), mode="non-think", opens="content", stop=stop)
+    most = max_tokens or _default_max_tokens(service, len(ids))
+    return Reply(service, Wanted(tuple(ids), most, sampling, stop=stop, namespace=namespace))
 
 
 def require_ids(service: Service, ids: Sequence[int]) -> None:
@@ -264,10 +248,6 @@ def require_ids(service: Service, ids: Sequence[int]) -> None:
     if wrong is not None:
         raise Refused(400, f"{wrong} is no token; ids go from 0 to {service.vocab_size - 1}", param="prompt")
     require_room_for_prompt(service, len(ids))
-
-
-def _plain_mask(service: Service) -> TokenMask | None:
-    return service.grammars.known_only() if service.grammars.has_unknown_ids else None
 
 
 def _require_choices(service: Service, choices: int) -> None:

@@ -9,7 +9,6 @@ accepted back. It is asked for with `thinking: {"type": "enabled", "budget_token
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
@@ -24,7 +23,7 @@ from leadline.serve.ask import Ask, mode_of, open_replies, sampling_of, stops_of
 from leadline.serve.fields import Positive, Sampled, Tool
 from leadline.serve.http import EventStream, error_body, sse, unless_gone
 from leadline.serve.limits import Refused
-from leadline.serve.reply import Ending, Reply, Said, Step, close_all, merged
+from leadline.serve.reply import Ending, Reply, Said, Step, close_all, merged, new_id
 from leadline.serve.service import Service
 from leadline.text.events import ArgumentsDelta, CallBegin, ContentDelta, Event, ReasoningDelta
 from leadline.text.tokenizer import Tokenizer, TokenizerError
@@ -230,10 +229,6 @@ def _delta(event: Event) -> dict[str, Any]:
 
 
 # -- shared with the other protocols ------------------------------------------------------------------------------
-
-
-def new_id(kind: str) -> str:
-    return f"{kind}-{secrets.token_hex(12)}"
 
 
 def endings(replies: Iterable[Reply]) -> list[Ending]:

@@ -19,11 +19,11 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from leadline.serve.ask import open_completion, require_ids, sampling_of, stops_of
-from leadline.serve.chat_completions import StreamOptions, endings, new_id, spelled, usage_of
+from leadline.serve.chat_completions import StreamOptions, endings, spelled, usage_of
 from leadline.serve.fields import Positive, Sampled, Text
 from leadline.serve.http import EventStream, error_body, sse, unless_gone
 from leadline.serve.limits import Refused
-from leadline.serve.reply import Reply, Said, Step, close_all, merged
+from leadline.serve.reply import Reply, Said, Step, close_all, merged, new_id
 from leadline.serve.service import Service
 from leadline.text.events import ContentDelta
 from leadline.text.tokenizer import BOS_TOKEN, Control, TokenizerError

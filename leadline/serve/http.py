@@ -42,10 +42,11 @@ _ANTHROPIC_KINDS = {
 def error_body(path: str, error: Refused) -> dict[str, Any]:
     """What a refusal looks like in the protocol of a path."""
     message = _printable(str(error))
+    kept = {"response_ids": list(error.kept)} if error.kept else {}
     if path.startswith(_ANTHROPIC_PATH):
         kind = _ANTHROPIC_KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-        return {"type": "error", "error": {"type": kind, "message": message}}
-    return {"error": {"message": message, "type": error.kind, "param": error.param, "code": error.code}}
+        return {"type": "error", "error": {"type": kind, "message": message, **kept}}
+    return {"error": {"message": message, "type": error.kind, "param": error.param, "code": error.code, **kept}}
 
 
 def error_response(path: str, error: Refused) -> JSONResponse:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,8 @@ class KeyFileError(ValueError):
 
 
 class Refused(Exception):
-    """A request that is not served. status: of HTTP. kind, code: OpenAI's words for it. retry_s: when to come again."""
+    """A request that is not served. status: of HTTP. kind, code: OpenAI's words for it. retry_s: when to come again.
+    kept: ids of answers that will go on later."""
 
     def __init__(
         self,
@@ -33,9 +34,11 @@ class Refused(Exception):
         code: str | None = None,
         param: str | None = None,
         retry_s: int | None = None,
+        kept: Sequence[str] = (),
     ):
         super().__init__(message)
         self.status, self.kind, self.code, self.param, self.retry_s = status, kind, code, param, retry_s
+        self.kept = kept
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from leadline.serve.ask import Ask, ToolChoice, encoded, mode_of, open_replies, sampling_of, stops_of
 from leadline.serve.blocks import Block, Blocks, Change
-from leadline.serve.chat_completions import Thinking, endings, new_id
+from leadline.serve.chat_completions import Thinking, endings
 from leadline.serve.fields import Body, Positive, Sampled
 from leadline.serve.http import EventStream, error_body, sse, unless_gone
 from leadline.serve.limits import Refused
-from leadline.serve.reply import Ending, Reply
+from leadline.serve.reply import Ending, Reply, new_id
 from leadline.serve.service import Service
 
 _PATH = "/v1/messages"

@@ -9,24 +9,33 @@ from __future__ import annotations
 import asyncio
 import codecs
 import logging
+import secrets
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
-from leadline.engine.request import Request
+import xgrammar
+
 from leadline.engine.sequence import Event as EngineEvent
 from leadline.engine.sequence import Finish, Token
+from leadline.serve.kept import Unfinished
 from leadline.serve.limits import Refused
 from leadline.serve.service import Service
+from leadline.serve.wanted import Wanted
 from leadline.text.chat import Mode, Section
 from leadline.text.events import CallBegin, CallEnd, ContentDelta, EndOfTurn, Event, ReasoningDelta, message_of
 from leadline.text.messages import Message
+from leadline.text.parse import TokenParser
 from leadline.text.tokenizer import Tokenizer
 from leadline.text.tools import DSML, THINK_END
 
 _LOG = logging.getLogger("leadline.serve")
+
+FETCH_PATH = "/v1/responses"
+KEPT_CODE = "answer_kept"
+NO_FRAME: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -117,45 +126,46 @@ class StopTexts:
 class Reply:
     """One answer. It is in the engine's queue from the moment it is made; whoever makes it reads or closes it.
 
-    one_call: the answer ends with its first call. The tokens of an answer that begins with thinking count as thinking
-    up to the token that ends it.
+    grammar: the compiled form. frame: what is known of the response object that will show it, with the id; empty: a
+    protocol without such objects asked. said: tokens of it that another server has said. The tokens of an answer that
+    begins with thinking count as thinking up to the token that ends it.
     """
 
     def __init__(
         self,
         service: Service,
-        request: Request,
-        parser: Parser,
+        wanted: Wanted,
+        grammar: xgrammar.CompiledGrammar | None = None,
         *,
-        mode: Mode,
-        opens: Section,
-        stop: Sequence[str] = (),
-        one_call: bool = False,
+        frame: Mapping[str, Any] = NO_FRAME,
+        said: Sequence[int] = (),
     ):
-        self._service, self._request, self._parser = service, request, parser
-        self._mode: Mode = mode
-        self._section: Section = opens
-        self._one_call = one_call
-        self._stops = StopTexts(stop)
+        self._service, self._wanted, self._said = service, wanted, tuple(said)
+        self.frame = frame or {"id": new_id("resp"), "created_at": int(time.time())}
+        self._parser: Parser = PlainText(service.tokenizer)
+        if wanted.opens is not None:
+            self._parser = TokenParser(service.tokenizer, wanted.opens)
+        self._section: Section = wanted.opens or "content"
+        self._stops = StopTexts(wanted.stop)
         self._think_end, self._dsml = (service.tokenizer.token_id(token) for token in (THINK_END, DSML))
         self._output_tokens = self._reasoning_tokens = 0
         self._has_calls = self._in_calls = self._cut = False
         self._start = time.monotonic()
-        self._first: float | None = None
+        self._first: float | None = self._start if said else None
         self.ending: Ending | None = None
         """Known after the last step."""
-        self._stream = service.worker.submit(request)
+        self._stream = service.worker.submit(wanted.request(service, grammar), self._said, self.record)
 
     async def steps(self) -> AsyncGenerator[Step, None]:
         """The answer, step by step. Raises Refused when the engine gives it up. However this is left, the sequence has
         ended then."""
         reason = Finish.STOP
         try:
-            async for event in self._stream:
+            async for event in self._events():
                 if event.finish is Finish.ERROR:
                     raise Refused(500, event.error or "the engine gave the answer up", kind="server_error")
                 if event.finish is Finish.CANCELLED and not self._cut:
-                    raise Refused(503, "the server is shutting down", kind="server_error")
+                    raise self._suspended()
                 if not self._cut:
                     step = self._step(event)
                     if step.events or step.said:
@@ -174,7 +184,16 @@ class Reply:
 
     @property
     def prompt_tokens(self) -> int:
-        return len(self._request.prompt)
+        return len(self._wanted.prompt)
+
+    def record(self) -> Unfinished:
+        """What to keep of this answer."""
+        return Unfinished(self.frame["id"], self._wanted.namespace, self.frame, self._wanted.as_json(), self._said)
+
+    @property
+    def kept_id(self) -> str | None:
+        """Under which id the answer will go on, once the server has ended it and keeps it."""
+        return self.frame["id"] if self._stream.kept else None
 
     def close(self) -> None:
         """Nobody reads this answer any more."""
@@ -191,6 +210,23 @@ class Reply:
         return message_of(events), said, self.ending
 
     # -- inside ---------------------------------------------------------------------------------------------------
+
+    async def _events(self) -> AsyncGenerator[EngineEvent, None]:
+        if self._said:
+            yield EngineEvent(-1, tuple(Token(id) for id in self._said))
+        async for event in self._stream:
+            yield event
+
+    def _suspended(self) -> Refused:
+        if self.kept_id is None:
+            return Refused(503, "the server is shutting down", kind="server_error")
+        return Refused(
+            503,
+            f"the server is shutting down; the answer goes on at its next start: GET {FETCH_PATH}/{self.kept_id}",
+            kind="server_error",
+            code=KEPT_CODE,
+            kept=[self.kept_id],
+        )
 
     def _step(self, event: EngineEvent) -> Step:
         events: list[Event] = []
@@ -231,7 +267,7 @@ class Reply:
                 held = self._stops.finish()
                 shown += [ContentDelta(held)] if held else []
             self._has_calls = self._has_calls or isinstance(event, CallEnd)
-            self._cut = self._one_call and isinstance(event, CallEnd)
+            self._cut = self._wanted.one_call and isinstance(event, CallEnd)
             shown.append(event)
         return shown
 
@@ -240,26 +276,32 @@ class Reply:
         cached = usage.cached_tokens if usage else 0
         cut_short = finish is Finish.LENGTH and not self._cut
         reason = "length" if cut_short else "tool_calls" if self._has_calls else "stop"
-        budget = self._request.thinking.tokens if self._request.thinking else None
+        budget = self._wanted.budget if self._wanted.thinks else None
         self.ending = Ending(
             reason,
             self._stops.found,
-            self._mode,
-            len(self._request.prompt),
+            self._wanted.mode,
+            self.prompt_tokens,
             cached,
             self._output_tokens,
             self._reasoning_tokens,
             budget,
         )
         metrics, now = self._service.metrics, time.monotonic()
-        metrics.prompt(len(self._request.prompt), cached)
+        metrics.prompt(self.prompt_tokens, cached)
         if usage:
             metrics.guesses(usage.drafted, usage.accepted)
         # The token that ends the thinking counts as thinking, so a budget of n is spent when n + 1 tokens were.
         spent = budget is not None and self._reasoning_tokens > budget
-        metrics.answer(self._mode, reason, self._output_tokens, self._reasoning_tokens, spent)
+        metrics.answer(self._wanted.mode, reason, self._output_tokens, self._reasoning_tokens, spent)
+        if self._said:
+            return  # how long it took has been said elsewhere
         per_token = (now - self._first) / (self._output_tokens - 1) if self._first and self._output_tokens > 1 else None
         metrics.times(now - self._start, per_token)
+
+
+def new_id(kind: str) -> str:
+    return f"{kind}-{secrets.token_hex(12)}"
 
 
 def _without_end(events: list[Event]) -> list[Event]:
@@ -288,6 +330,7 @@ async def merged(replies: Sequence[Reply]) -> AsyncGenerator[tuple[int, Step | N
                 queue.put_nowait((number, step))
             queue.put_nowait((number, None))
         except Refused as error:
+            error.kept = [id for each in replies if (id := each.kept_id) is not None]
             queue.put_nowait(error)
 
     tasks = [asyncio.create_task(read(number, reply)) for number, reply in enumerate(replies)]

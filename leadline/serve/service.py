@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from leadline.engine.engine import Engine
 from leadline.serve.grammar import Grammars
+from leadline.serve.kept import Kept
 from leadline.serve.limits import Keys, Limits, Refused
 from leadline.serve.metrics import Metrics
-from leadline.serve.worker import Worker
+from leadline.serve.worker import Stream, Worker
 from leadline.text.chat import EFFORT, Mode, Release
 from leadline.text.tokenizer import Tokenizer
+
+_LOG = logging.getLogger("leadline.serve")
+_BACK_S = 5
 
 MAX_NEEDS_TOKENS = 384 * 1024
 """Context that DeepSeek asks for where the model thinks as hard as it can."""
@@ -44,16 +50,16 @@ class Policy:
 
 
 class Service:
-    """A model that answers. keys: who may ask."""
+    """A model that answers. keys: who may ask. kept: answers that wait to be fetched, or to go on."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, policy: Policy, keys: Keys):
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, policy: Policy, keys: Keys, kept: Kept | None = None):
         vocabulary = engine.runner.model.config.vocab_size
         if tokenizer.vocab_size > vocabulary:
             raise ServiceError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model knows {vocabulary}: "
                 f"they do not belong together"
             )
-        self.tokenizer, self.policy, self.keys = tokenizer, policy, keys
+        self.tokenizer, self.policy, self.keys, self.kept = tokenizer, policy, keys, kept
         self.limits = policy.limits
         self.vocab_size = vocabulary
         self.context_tokens = engine.max_tokens
@@ -72,7 +78,9 @@ class Service:
         )
 
     def require_room(self, sequences: int) -> None:
-        """Raises Refused (429) when the queue is full, (503) when the engine has stopped."""
+        """Raises Refused (429) when the queue is full, (503) when the engine has stopped or is about to."""
+        if self.worker.suspended:
+            raise Refused(503, "the server is shutting down", kind="server_error", retry_s=_BACK_S)
         if self.worker.failure is not None:
             raise Refused(503, "the engine has stopped; the server needs a restart", kind="server_error")
         most = self.slots + self.limits.queue
@@ -84,3 +92,18 @@ class Service:
                 code="queue_full",
                 retry_s=1 + self.worker.num_open // max(1, self.slots),
             )
+
+    async def suspend(self) -> None:
+        """End whatever is being said, and take in nothing any more. Where answers are kept, those that somebody still
+        waits for go on at the next start; their clients are told so once they are on disk."""
+        await self.worker.suspend(self._keep)
+
+    def _keep(self, said: Mapping[Stream, list[int]]) -> None:
+        for stream, tokens in said.items():
+            if self.kept is None or stream.record is None:
+                continue
+            try:
+                self.kept.keep(replace(stream.record(), said=tokens))
+                stream.kept = True
+            except OSError as error:
+                _LOG.error("%s: an answer cannot be kept: %s", self.kept.folder, error.strerror)

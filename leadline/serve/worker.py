@@ -13,13 +13,15 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from leadline.engine.disk import DiskCounts
 from leadline.engine.engine import Engine
 from leadline.engine.request import Request, RequestError
 from leadline.engine.sequence import Event, Finish, Usage
+from leadline.serve.kept import Unfinished
 
 _LOG = logging.getLogger("leadline.serve")
 _LOOK_S = 0.5
@@ -49,8 +51,12 @@ class Look:
 class Stream:
     """One sequence as the event loop sees it: an iterator of engine events that ends after the one with `finish`."""
 
-    def __init__(self, worker: Worker, request: Request):
-        self.request = request
+    def __init__(
+        self, worker: Worker, request: Request, said: tuple[int, ...], record: Callable[[], Unfinished] | None
+    ):
+        self.request, self.said, self.record = request, said, record
+        self.kept = False
+        """Whether the server has ended the sequence and keeps it for another one to go on with."""
         self.usage: Usage | None = None
         """Known once the sequence has ended."""
         self._worker = worker
@@ -94,6 +100,8 @@ class Worker:
         self._open: set[Stream] = set()  # belongs to the event loop
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.suspended = False
+        """Whether the server is about to end and takes in nothing any more."""
         self._stops = False
         self._looked = 0.0
 
@@ -112,14 +120,25 @@ class Worker:
         if self.engine.memory.disk is not None:
             self.engine.memory.disk.close()
 
+    async def suspend(self, keep: Callable[[Mapping[Stream, list[int]]], None]) -> None:
+        """End what runs, between two steps. Before anybody is told, `keep` gets what each sequence has said
+        that somebody still waits for; it is called in the thread."""
+        self.suspended = True
+        done: Future[None] = Future()
+        self._commands.put(lambda: self._suspend(keep, done))
+        await asyncio.wrap_future(done)
+
     @property
     def num_open(self) -> int:
         """Sequences that were submitted and have not ended."""
         return len(self._open)
 
-    def submit(self, request: Request) -> Stream:
-        """Queue a request. It has been checked: what the engine refuses here ends with an error event."""
-        stream = Stream(self, request)
+    def submit(
+        self, request: Request, said: tuple[int, ...] = (), record: Callable[[], Unfinished] | None = None
+    ) -> Stream:
+        """Queue a request. It has been checked: what the engine refuses here ends with an error event. said: see
+        `Engine.submit`. record: what to keep of it if the server has to end first."""
+        stream = Stream(self, request, said, record)
         self._open.add(stream)
         self._commands.put(lambda: self._submit(stream))
         return stream
@@ -173,7 +192,7 @@ class Worker:
             self._send([(stream, Event(-1, finish=Finish.ERROR, error="the engine has stopped"), None)])
             return
         try:
-            stream._number = self.engine.submit(stream.request)
+            stream._number = self.engine.submit(stream.request, stream.said)
         except RequestError as error:
             self._send([(stream, Event(-1, finish=Finish.ERROR, error=str(error)), None)])
             return
@@ -182,6 +201,15 @@ class Worker:
     def _cancel(self, stream: Stream) -> None:
         if stream._number is not None and self.failure is None:
             self.engine.cancel(stream._number)
+
+    def _suspend(self, keep: Callable[[Mapping[Stream, list[int]]], None], done: Future[None]) -> None:
+        try:
+            waited_for = {number: stream for number, stream in self._streams.items() if stream in self._open}
+            keep({stream: self.engine.output(number) for number, stream in waited_for.items()})
+            for number in self._streams:
+                self.engine.cancel(number)
+        finally:
+            done.set_result(None)
 
     def _stop(self) -> None:
         self._stops = True

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ from leadline.model.config import TINY
 from leadline.model.init import initialize
 from leadline.model.transformer import Transformer
 from leadline.recipes.serve import Options, bound, build, capacity, is_loopback, main
+from leadline.serve.kept import KeptError
 from leadline.serve.limits import KeyFileError, Keys
 from leadline.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 from leadline.weights.save import save_checkpoint
@@ -96,6 +98,34 @@ def test_sigterm_lets_a_running_answer_finish(checkpoint: Path) -> None:
     assert rest[-1] == "data: [DONE]"
     assert '"finish_reason":"' in rest[-2]
     assert "hello" not in log
+
+
+def test_what_does_not_end_within_the_grace_goes_on_at_the_next_start(checkpoint: Path, tmp_path: Path) -> None:
+    path, settings = "/v1/chat/completions", (f"keep={tmp_path}", "context=1K", "grace=0", "batch_invariant=yes")
+    body = {**BODY, "max_tokens": 200, "logit_bias": {1: -100}, "reasoning_effort": "none"}
+    with started(checkpoint, *settings) as server:
+        with httpx.stream("POST", server.url + path, json=body, timeout=60) as answer:
+            lines = (json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: "))
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            *said, last = lines
+        assert "hello" not in server.log()
+    (id,) = last["error"]["response_ids"]
+    begun = "".join(event["choices"][0]["delta"].get("content", "") for event in said)
+    (record,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
+    assert 0 < len(record["said"]) < 200
+    with started(checkpoint, *settings) as server:
+        while (found := httpx.get(f"{server.url}/v1/responses/{id}").json())["status"] == "in_progress":
+            time.sleep(0.1)
+        due = httpx.post(server.url + path, json={**body, "stream": False}, timeout=60).json()
+        with pytest.raises(UsageError, match="goes with one server"):
+            main([str(checkpoint), f"keep={tmp_path}", "replicas=2"])
+        with pytest.raises(KeptError, match="another server"):
+            main([str(checkpoint), f"keep={tmp_path}", "port=0"])
+    text = due["choices"][0]["message"]["content"]
+    assert found["output"][0]["content"][0]["text"] == text
+    assert text.startswith(begun)
+    assert found["usage"]["output_tokens"] == due["usage"]["completion_tokens"]
 
 
 def test_what_a_killed_server_has_read_the_next_one_has_at_once(checkpoint: Path, tmp_path: Path) -> None:

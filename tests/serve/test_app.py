@@ -22,7 +22,7 @@ EXAMPLES = 4
 def test_whatever_the_schema_allows_and_forbids_is_answered_in_order(short: Any) -> None:
     schema = schemathesis.openapi.from_url(f"{short.url}/openapi.json")
     operations: list[Any] = [cast("Any", result).ok() for result in schema.get_all_operations()]
-    assert len(operations) == 12
+    assert len(operations) == 14
     for operation in operations:
         answers: list[int] = []
 

@@ -73,7 +73,7 @@ def test_a_schema_is_enforced(openai_client: OpenAI) -> None:
     ("change", "words"),
     [
         ({"previous_response_id": "resp-1"}, "answers are not stored"),
-        ({"background": True}, "answers are not stored"),
+        ({"background": True}, "keeps no answers"),
         ({"tools": [{"type": "web_search"}]}, "not offered here"),
         ({"input": [{"type": "computer_call"}]}, "does not know"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "reads text only"),

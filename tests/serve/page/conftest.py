@@ -84,7 +84,7 @@ class Scripted(Engine):
     def busy(self) -> bool:
         return bool(self._open or self._ended)
 
-    def submit(self, request: Request) -> int:
+    def submit(self, request: Request, said: tuple[int, ...] = ()) -> int:
         if not self._turns:
             raise RequestError("nothing is written down for this request")
         number = self._next_number
