@@ -53,9 +53,12 @@ class TemplateWords(BaseModel):
 
 
 class StreamOptions(BaseModel):
+    """include_usage: the tokens, in a chunk at the end. continuous_usage_stats: those so far, in each one."""
+
     model_config = ConfigDict(extra="allow")
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class ChatRequest(Sampled):
@@ -111,8 +114,7 @@ def router(service: Service) -> APIRouter:
         service.require_model(body.model)
         replies = await open_replies(service, body.ask(service), request.state.namespace)
         if body.stream:
-            usage = body.stream_options is not None and body.stream_options.include_usage
-            chunks = _Chunks(service, replies, usage).stream()
+            chunks = _Chunks(service, replies, body.stream_options or StreamOptions()).stream()
             return EventStream(
                 chunks, send_s=service.limits.send_s, on_end=lambda: close_all(replies), headers=body.ignored()
             )
@@ -172,8 +174,8 @@ def _add(message: dict[str, Any], delta: dict[str, Any]) -> None:
 class _Chunks:
     """The stream of a chat completion."""
 
-    def __init__(self, service: Service, replies: Sequence[Reply], with_usage: bool):
-        self._service, self._replies, self._with_usage = service, replies, with_usage
+    def __init__(self, service: Service, replies: Sequence[Reply], options: StreamOptions):
+        self._service, self._replies, self._options = service, replies, options
         self._frame = {
             "id": new_id("chatcmpl"),
             "object": "chat.completion.chunk",
@@ -192,7 +194,7 @@ class _Chunks:
         except Refused as error:
             yield sse(error_body(_PATH, error))
             return
-        if self._with_usage:
+        if self._options.include_usage:
             yield sse({**self._frame, "choices": [], "usage": usage_of(endings(self._replies))})
         yield sse("[DONE]")
 
@@ -212,7 +214,8 @@ class _Chunks:
         self, number: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish: str | None = None
     ) -> str:
         choice = {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return sse({**self._frame, "choices": [choice]})
+        usage = {"usage": usage_so_far(self._replies)} if self._options.continuous_usage_stats else {}
+        return sse({**self._frame, "choices": [choice], **usage})
 
 
 def _delta(event: Event) -> dict[str, Any]:
@@ -254,6 +257,17 @@ def usage_of(found: Sequence[Ending]) -> dict[str, Any]:
         "prompt_cache_hit_tokens": first.cached_tokens,
         "prompt_cache_miss_tokens": first.prompt_tokens - first.cached_tokens,
         "thinking_mode": first.mode,
+    }
+
+
+def usage_so_far(replies: Sequence[Reply]) -> dict[str, Any]:
+    """Tokens of a request whose answers have not ended."""
+    prompt, output = replies[0].prompt_tokens, sum(reply.output_tokens for reply in replies)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": output,
+        "total_tokens": prompt + output,
+        "completion_tokens_details": {"reasoning_tokens": sum(reply.reasoning_tokens for reply in replies)},
     }
 
 

@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from leadline.serve.ask import open_completion, require_ids, sampling_of, stops_of
-from leadline.serve.chat_completions import StreamOptions, endings, spelled, usage_of
+from leadline.serve.chat_completions import StreamOptions, endings, spelled, usage_of, usage_so_far
 from leadline.serve.fields import Positive, Sampled, Text
 from leadline.serve.http import EventStream, error_body, sse, unless_gone
 from leadline.serve.limits import Refused
@@ -122,11 +122,12 @@ async def _answer(service: Service, replies: Sequence[Reply], body: CompletionRe
 
 
 async def _stream(service: Service, replies: Sequence[Reply], body: CompletionRequest) -> AsyncGenerator[str, None]:
-    frame = _frame(service)
+    frame, options = _frame(service), body.stream_options or StreamOptions()
 
     def chunk(number: int, text: str, logprobs: dict[str, Any] | None = None, finish: str | None = None) -> str:
         choice = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": finish}
-        return sse({**frame, "choices": [choice]})
+        usage = {"usage": usage_so_far(replies)} if options.continuous_usage_stats else {}
+        return sse({**frame, "choices": [choice], **usage})
 
     if body.echo:
         for number in range(len(replies)):
@@ -141,7 +142,7 @@ async def _stream(service: Service, replies: Sequence[Reply], body: CompletionRe
     except Refused as error:
         yield sse(error_body(_PATH, error))
         return
-    if body.stream_options is not None and body.stream_options.include_usage:
+    if options.include_usage:
         yield sse({**frame, "choices": [], "usage": usage_of(endings(replies))})
     yield sse("[DONE]")
 

@@ -148,7 +148,8 @@ class Reply:
         self._section: Section = wanted.opens or "content"
         self._stops = StopTexts(wanted.stop)
         self._think_end, self._dsml = (service.tokenizer.token_id(token) for token in (THINK_END, DSML))
-        self._output_tokens = self._reasoning_tokens = 0
+        self.output_tokens = self.reasoning_tokens = 0
+        """So far; a step may bring several."""
         self._has_calls = self._in_calls = self._cut = False
         self._start = time.monotonic()
         self._first: float | None = self._start if said else None
@@ -247,8 +248,8 @@ class Reply:
         if self._first is None:
             self._first = time.monotonic()
             self._service.metrics.first_token(self._first - self._start)
-        self._output_tokens += 1
-        self._reasoning_tokens += self._section == "reasoning"
+        self.output_tokens += 1
+        self.reasoning_tokens += self._section == "reasoning"
         # In an answer that is nothing but text, the token that begins calls begins nothing.
         self._in_calls = self._in_calls or (token.id == self._dsml and not isinstance(self._parser, PlainText))
 
@@ -283,8 +284,8 @@ class Reply:
             self._wanted.mode,
             self.prompt_tokens,
             cached,
-            self._output_tokens,
-            self._reasoning_tokens,
+            self.output_tokens,
+            self.reasoning_tokens,
             budget,
         )
         metrics, now = self._service.metrics, time.monotonic()
@@ -292,11 +293,11 @@ class Reply:
         if usage:
             metrics.guesses(usage.drafted, usage.accepted)
         # The token that ends the thinking counts as thinking, so a budget of n is spent when n + 1 tokens were.
-        spent = budget is not None and self._reasoning_tokens > budget
-        metrics.answer(self._wanted.mode, reason, self._output_tokens, self._reasoning_tokens, spent)
+        spent = budget is not None and self.reasoning_tokens > budget
+        metrics.answer(self._wanted.mode, reason, self.output_tokens, self.reasoning_tokens, spent)
         if self._said:
             return  # how long it took has been said elsewhere
-        per_token = (now - self._first) / (self._output_tokens - 1) if self._first and self._output_tokens > 1 else None
+        per_token = (now - self._first) / (self.output_tokens - 1) if self._first and self.output_tokens > 1 else None
         metrics.times(now - self._start, per_token)
 
 

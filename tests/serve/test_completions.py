@@ -22,6 +22,31 @@ def test_streaming_equals_not_streaming(openai_client: OpenAI) -> None:
     assert all(text.startswith("the quick") for text in texts)
 
 
+def test_each_chunk_tells_the_tokens_so_far(openai_client: OpenAI) -> None:
+    options: Any = {"continuous_usage_stats": True, "include_usage": True}
+    for chunks in (
+        list(openai_client.completions.create(**ASK, n=2, stream=True, stream_options=options)),
+        list(
+            openai_client.chat.completions.create(
+                model="tiny",
+                messages=[{"role": "user", "content": "hello"}],
+                max_tokens=8,
+                n=2,
+                stream=True,
+                stream_options=options,
+            )
+        ),
+    ):
+        usages: list[Any] = [chunk.usage for chunk in chunks]
+        counts = [usage.completion_tokens for usage in usages]
+        assert counts == sorted(counts)
+        assert counts[-2] == counts[-1] > counts[0]
+        assert {usage.prompt_tokens for usage in usages} == {usages[-1].prompt_tokens}
+        assert all(usage.total_tokens == usage.prompt_tokens + usage.completion_tokens for usage in usages)
+        thinking = [usage.completion_tokens_details.reasoning_tokens for usage in usages]
+        assert thinking[-2] == thinking[-1]
+
+
 def test_text_and_its_ids_are_the_same_prompt(openai_client: OpenAI, tokenizer: Tokenizer) -> None:
     ids = [tokenizer.bos_id, *tokenizer.encode("the quick")]
     both = openai_client.completions.create(**{**ASK, "prompt": [ids, ids]})

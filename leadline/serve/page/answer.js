@@ -1,11 +1,11 @@
-// An answer as it grows: chunks are put into the message, and tokens and seconds are counted. A chunk is about a token;
-// the exact numbers come with the usage at the end.
+// An answer as it grows: chunks are put into the message, and seconds are counted. Tokens are counted by the server, since
+// a chunk may bring any number of them: guesses that were right come together, and some text waits for what follows it.
 
 // A speed over less time than this says nothing.
 const SHORTEST_S = 0.05;
 
 export class Answer {
-  /** before: tokens of the conversation so far, as well as they are known. */
+  /** before: about how many tokens the conversation has so far. */
   constructor(mode, before) {
     this.numbers = { mode };
     this.message = {
@@ -16,24 +16,33 @@ export class Answer {
       finish: null, // as long as it grows
       numbers: this.numbers,
     };
-    this.before = before;
-    this.tokens = 0;
-    this.thinkingTokens = 0;
     // When it was asked for, when its first and its last token came, and when its thinking ended.
     this.asked = performance.now();
     this.first = null;
     this.last = null;
     this.thought = null;
-    this.#count();
+    // Tokens that had come with the first and the last of them.
+    this.tokensAtFirst = 0;
+    this.tokensAtLast = 0;
+    Object.assign(this.numbers, {
+      tokens: 0,
+      thinkingTokens: 0,
+      firstSeconds: null,
+      thinkingSeconds: null,
+      speed: null,
+      context: before,
+      exact: false,
+    });
   }
 
   /** Put a chunk into the message. */
   add(chunk) {
-    if (chunk.usage) this.#settle(chunk.usage);
     const [choice] = chunk.choices ?? [];
+    const delta = choice?.delta ?? {};
+    if (delta.reasoning_content || delta.content || delta.tool_calls)
+      this.#tick(Boolean(delta.reasoning_content), chunk.usage.completion_tokens);
+    this.#count(chunk.usage);
     if (!choice) return;
-    const { delta } = choice;
-    if (delta.reasoning_content || delta.content || delta.tool_calls) this.#tick(Boolean(delta.reasoning_content));
     this.message.reasoning_content += delta.reasoning_content ?? "";
     this.message.content += delta.content ?? "";
     for (const call of delta.tool_calls ?? []) this.#call(call);
@@ -47,46 +56,38 @@ export class Answer {
     calls[index].function.arguments += part?.arguments ?? "";
   }
 
-  #tick(thinks) {
+  #tick(thinks, tokens) {
     this.last = performance.now();
-    this.first ??= this.last;
-    this.tokens += 1;
-    if (thinks) {
-      this.thinkingTokens += 1;
-      this.thought = this.last;
+    this.tokensAtLast = tokens;
+    if (this.first === null) {
+      this.first = this.last;
+      this.tokensAtFirst = tokens;
     }
-    this.#count();
+    if (thinks) this.thought = this.last;
   }
 
-  #count() {
-    Object.assign(this.numbers, {
-      tokens: this.tokens,
-      thinkingTokens: this.thinkingTokens,
-      firstSeconds: this.#seconds(this.asked, this.first),
-      thinkingSeconds: this.#seconds(this.first, this.thought),
-      speed: this.#speed(this.tokens),
-      context: this.before + this.tokens,
-      exact: false,
-    });
-  }
-
-  #settle(usage) {
+  /** Take over what the server has counted; the last chunk tells more than the others. */
+  #count(usage) {
     Object.assign(this.numbers, {
       tokens: usage.completion_tokens,
       thinkingTokens: usage.completion_tokens_details.reasoning_tokens,
-      speed: this.#speed(usage.completion_tokens),
+      firstSeconds: this.#seconds(this.asked, this.first),
+      thinkingSeconds: this.#seconds(this.first, this.thought),
+      speed: this.#speed(),
       context: usage.total_tokens,
-      prompt: usage.prompt_tokens,
-      cached: usage.prompt_tokens_details.cached_tokens,
-      mode: usage.thinking_mode,
       exact: true,
     });
+    if (usage.prompt_tokens_details) {
+      this.numbers.prompt = usage.prompt_tokens;
+      this.numbers.cached = usage.prompt_tokens_details.cached_tokens;
+      this.numbers.mode = usage.thinking_mode;
+    }
   }
 
-  /** Tokens a second, without the first, whose time is the prompt's. */
-  #speed(tokens) {
+  /** Tokens a second, without the first ones, whose time is the prompt's. */
+  #speed() {
     const seconds = this.#seconds(this.first, this.last);
-    return seconds >= SHORTEST_S ? (tokens - 1) / seconds : null;
+    return seconds >= SHORTEST_S ? (this.tokensAtLast - this.tokensAtFirst) / seconds : null;
   }
 
   #seconds(from, to) {

@@ -17,7 +17,7 @@ export function requestOf(conversation, model) {
     model: model?.id,
     messages: forServer(messages, [settings.system.trim(), pack(files)].filter(Boolean).join("\n\n")),
     stream: true,
-    stream_options: { include_usage: true },
+    stream_options: { include_usage: true, continuous_usage_stats: true },
     thinking: given({
       type: thinks ? "enabled" : "disabled",
       budget_tokens: thinks ? number(settings.budget, "The thinking budget") : undefined,

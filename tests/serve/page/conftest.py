@@ -24,6 +24,7 @@ from leadline.model.transformer import Transformer
 from leadline.serve.limits import Keys
 from leadline.serve.service import Policy, Service
 from leadline.text.tokenizer import EOS_TOKEN, Control, Tokenizer
+from leadline.text.tools import THINK_END
 
 EOS = Control(EOS_TOKEN)
 HOLD = "(hold)"
@@ -51,7 +52,7 @@ class Turn:
 
 
 class Scripted(Engine):
-    """An engine whose answers are written down: turn by turn, a token in each step."""
+    """An engine whose answers are written down: turn by turn, `stride` tokens in each step, 1 unless a test says so."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, max_tokens: int):
         super().__init__(model, Settings(slots=2, pages=40, max_tokens=max_tokens, step_tokens=128))
@@ -59,7 +60,7 @@ class Scripted(Engine):
         self._turns: deque[Turn] = deque()
         self._open: dict[int, tuple[Request, Turn]] = {}
         self._ended: list[Event] = []
-        self.cached_tokens = 0
+        self.cached_tokens, self.stride = 0, 1
         self._prompt_tokens: dict[int, int] = {}
 
     def say(self, *pieces: str, fails: str | None = None) -> Turn:
@@ -73,7 +74,7 @@ class Scripted(Engine):
     def forget(self) -> None:
         """Nothing is written down any more."""
         self._turns.clear()
-        self.cached_tokens = 0
+        self.cached_tokens, self.stride = 0, 1
 
     @property
     def num_open(self) -> int:
@@ -83,6 +84,15 @@ class Scripted(Engine):
     @property
     def busy(self) -> bool:
         return bool(self._open or self._ended)
+
+    def prompt_tokens(self) -> int:
+        """Of the only request that has not ended."""
+        (count,) = self._prompt_tokens.values()
+        return count
+
+    @property
+    def think_end(self) -> int:
+        return self._tokenizer.token_id(THINK_END)
 
     def submit(self, request: Request, said: tuple[int, ...] = ()) -> int:
         if not self._turns:
@@ -110,12 +120,13 @@ class Scripted(Engine):
                 events.append(Event(number, finish=Finish.ERROR, error=turn.fails))
                 del self._open[number]
                 continue
-            token = turn.ids[turn.said]
-            turn.said += 1
+            end = turn.hold if turn.hold is not None and turn.said < turn.hold else len(turn.ids)
+            tokens = turn.ids[turn.said : min(turn.said + self.stride, end)]
+            turn.said += len(tokens)
             finish = Finish.LENGTH if turn.said == request.max_tokens else None
-            if token in request.stop_ids:
+            if tokens[-1] in request.stop_ids:
                 finish = Finish.STOP
-            events.append(Event(number, (Token(token),), finish))
+            events.append(Event(number, tuple(map(Token, tokens)), finish))
             if finish is not None:
                 del self._open[number]
         return events

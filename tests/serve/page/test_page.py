@@ -63,7 +63,8 @@ def test_an_answer_streams_and_its_numbers_are_shown(stage: Stage) -> None:
     expect(page.locator(".text")).not_to_contain_text("second")
     expect(role(page, "button", "Stop")).to_be_visible()
     expect(page.locator(".assistant")).to_have_attribute("aria-busy", "true")
-    assert page.locator("#m-context").inner_text().startswith("≈")
+    prompt_tokens = stage.engine.prompt_tokens()
+    expect(page.locator("#m-context")).to_have_text(f"{prompt_tokens + turn.said} / 4,096")
     page.wait_for_timeout(100)  # no speed is told of less time
     turn.open.set()
     expect(page.locator(".text")).to_have_text("The first part, the second part.")
@@ -80,6 +81,24 @@ def test_an_answer_streams_and_its_numbers_are_shown(stage: Stage) -> None:
     expect(page.locator("#m-cache")).to_have_text(re.compile(r"[\d.]+ \w?B, V3.2 [\d.]+ \wB"))
     assert stage.sent[0]["messages"] == [{"role": "user", "content": "Why?"}]
     assert stage.sent[0]["stream"] is True
+
+
+def test_tokens_that_come_several_in_a_step_are_all_counted(stage: Stage) -> None:
+    page, engine = stage.page, stage.engine
+    engine.stride = 5
+    turn = engine.say("Let me see. " * 3, THINK_END, "One, two, three. " * 4, HOLD, "And the rest. " * 4)
+    thinking = turn.ids.index(engine.think_end) + 1
+    asked = time.monotonic()
+    stage.ask("Why?")
+    expect(page.locator(".text")).to_contain_text("three.")
+    expect(page.locator("#m-context")).to_have_text(f"{engine.prompt_tokens() + turn.said} / 4,096")
+    expect(page.locator(".thinking .facts")).to_contain_text(f"{thinking} tokens")
+    page.wait_for_timeout(300)
+    turn.open.set()
+    expect(page.locator("#status")).to_have_text("The answer is complete")
+    numbers = stored(page)["messages"][-1]["numbers"]
+    assert (numbers["tokens"], numbers["thinkingTokens"]) == (len(turn.ids), thinking)
+    assert numbers["speed"] * (time.monotonic() - asked) > len(turn.ids) / 2, "of tokens, and not of chunks"
 
 
 def test_thinking_is_open_while_it_lasts_and_can_be_opened_again(stage: Stage) -> None:
