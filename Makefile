@@ -8,16 +8,18 @@ BIN := $(VENV)/bin
 PYTHON = $(shell for python in python3.11 python3 python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$python && break; done)
 TEST_PROCESSES := 2
+# What is installed for the checks; `dev,ray` adds the tests of replicas.
+EXTRAS := dev
 
 RUN_STAMP := $(VENV)/installed-run
-DEV_STAMP := $(VENV)/installed-dev
+DEV_STAMP := $(VENV)/installed-$(EXTRAS)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint browser clean
 
 help:
 	@echo "make demo [minutes=5] [data=DIR] [out=DIR]   train the demo model on real text, write a report"
-	@echo "make test                                    every check: style, types, layers, tests"
+	@echo "make test [EXTRAS=dev,ray]                   every check: style, types, layers, tests; of replicas too"
 	@echo "make lint                                    the checks that run nothing"
 	@echo "make clean                                   remove the virtual environment and caches; runs/ stays"
 
@@ -53,7 +55,7 @@ $(RUN_STAMP): $(PINS)
 	touch $@
 
 $(DEV_STAMP): $(PINS)
-	$(call install,.[dev])
+	$(call install,.[$(EXTRAS)])
 	touch $(RUN_STAMP) $@
 
 define install

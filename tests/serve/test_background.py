@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -217,6 +218,19 @@ def test_answers_in_the_background(start: Start, server: Any) -> None:
         assert running.get(f"/v1/responses/{begun.id}").status_code == 404
         refused = running.post(path, {**body, "background": True, "stream": True})
         assert refused.status_code == 400
+
+
+def test_a_killed_server_has_kept_what_runs_in_the_background(start: Start, server: Any, tmp_path: Path) -> None:
+    path, body = ASKS["response"]
+    due = due_parts(path, server.post(path, body).json())
+    with start(steps=5) as running:
+        id = running.post(path, {**body, "background": True}).json()["id"]
+        stands_still(running)
+        shutil.copytree(tmp_path / "kept", tmp_path / "as it is")
+    shutil.rmtree(tmp_path / "kept")
+    (tmp_path / "as it is").rename(tmp_path / "kept")
+    with start() as second:
+        assert [parts(fetched(second, id))] == due
 
 
 def test_a_deleted_answer_is_given_up(start: Start) -> None:
