@@ -84,7 +84,8 @@ class Segment:
         segment = cls(tokens_T, (length,) * num_sequences, past, slots, places_known=False)
         # The cached properties are put in place: what is captured or compiled must not work them out, or read others.
         sequence_T = torch.arange(num_sequences, device=tokens_T.device).repeat_interleave(length)
-        segment.__dict__.update(positions_T=positions_T, slots_N=slots_N, sequence_T=sequence_T)
+        place_T = torch.arange(length, device=tokens_T.device).repeat(num_sequences)
+        segment.__dict__.update(positions_T=positions_T, slots_N=slots_N, sequence_T=sequence_T, place_T=place_T)
         return segment
 
     @property

@@ -107,3 +107,14 @@ def test_the_entries_of_every_token(drawn: tuple[Segment, Layout], known: bool) 
         count = (position + 1) // 128
         assert hca == layout.pages.pages_of(slot)[:count] + [-1] * (len(hca) - count)
         assert visible == (position + 1) // 4
+
+
+def test_a_draft_block_may_end_behind_the_last_page() -> None:
+    """Its keys go into the window's spare rows; pages are for entries, and a draft makes none."""
+    pages = PageTable(1, 2, 2)
+    pages.assign(0, [1, 0])
+    segment = Segment.of([1, 2, 3, 4], past=[254], slots=[0])
+    rows = StepRows(segment, WINDOW, Layout(pages, in_place=True, spare_tokens=4))
+    wanted = [position % (WINDOW + 4) for position in range(254 - WINDOW, 258)]
+    assert rows.block_lookup().window_TW.tolist() == [wanted] * 4
+    assert rows.ring().keep_ring.tolist() == wanted[-4:]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from leadline.ops.dispatch import use_kernel
+from leadline.ops.invariance import is_batch_invariant
 from leadline.ops.twin_product.reference import twin_product_reference
 
 MOST_ROWS = 64
@@ -16,7 +17,7 @@ def suits(x_TN: Tensor, weight_ON: Tensor) -> bool:
     """Whether one launch is better than two: few bfloat16 rows on a GPU, and no gradient to be recorded."""
     recorded = torch.is_grad_enabled() and (x_TN.requires_grad or weight_ON.requires_grad)
     narrow = x_TN.dtype == weight_ON.dtype == torch.bfloat16 and weight_ON.shape[0] % COLUMNS == 0
-    return x_TN.is_cuda and narrow and len(x_TN) <= MOST_ROWS and not recorded
+    return x_TN.is_cuda and narrow and len(x_TN) <= MOST_ROWS and not recorded and not is_batch_invariant()
 
 
 def twin_product(x_TN: Tensor, first_ON: Tensor, second_ON: Tensor) -> tuple[Tensor, Tensor]:
