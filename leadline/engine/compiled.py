@@ -27,6 +27,7 @@ from torch._dynamo.exc import TorchDynamoException
 from leadline.engine.graph import FixedStep
 from leadline.model.block import Block
 from leadline.model.cache_format import CacheFormat
+from leadline.model.dspark import DSpark
 from leadline.model.hyper_connections import spread
 from leadline.model.mtp import MTPBlock
 from leadline.model.segment import Segment
@@ -88,18 +89,26 @@ class CompiledStep(FixedStep):
     def __init__(self, model: Transformer, state: State, sequences: int, length: int, longest: int):
         super().__init__(model, state, sequences, length, longest)
         self._begin, self._end, self._predict = Compiled(_begin), Compiled(_end), Compiled(_predict)
+        self._take_in = Compiled(_take_in)
         self._blocks = {kind: Compiled(_through_block) for kind in map(_kind, model.layers)}
 
     @property
     def compile_seconds(self) -> float:
-        return sum(part.seconds for part in (self._begin, self._end, self._predict, *self._blocks.values()))
+        return sum(
+            part.seconds for part in (self._begin, self._end, self._predict, self._take_in, *self._blocks.values())
+        )
 
     @torch.no_grad()
     def _compute(self) -> tuple[Output, Tensor]:
         model, state = self._model, self._state
         index, x_TSD = self._begin(model, self._segment, state)
-        for block, layer_state in zip(model.layers, state.layers, strict=True):
+        features: list[Tensor] = []
+        for number, (block, layer_state) in enumerate(zip(model.layers, state.layers, strict=True)):
             x_TSD = self._blocks[_kind(block)](block, x_TSD, index, layer_state, model.cache_format)
+            if model.dspark is not None and model.dspark.listens_to(number):
+                features.append(model.dspark.feature(x_TSD, index))
+        if model.dspark is not None:
+            self._take_in(model.dspark, features, index, state.mtp, model.cache_format)
         return Output(x_TSD, index, []), self._end(model, x_TSD)
 
     @torch.no_grad()
@@ -121,6 +130,12 @@ def _through_block(
     block: Block, x_TSD: Tensor, index: SegmentIndex, state: LayerState, cache_format: CacheFormat
 ) -> Tensor:
     return block(x_TSD, index, state, cache_format)[0]
+
+
+def _take_in(
+    stages: DSpark, features: list[Tensor], index: SegmentIndex, state: list[LayerState], cache_format: CacheFormat
+) -> None:
+    stages.take_in(features, index, state, cache_format)
 
 
 def _end(model: Transformer, streams_TSD: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ Embedding and vocabulary head are the trunk's. The stages are named `mtp.0`, `mt
 The keys of a block go where the next tokens' keys will go: into the spare rows of the window's ring. Whatever becomes
 of the guesses, there is nothing to take back.
 
-Letters: B rows of a block, Y rank of the Markov head, X features of all target layers (D for each) or kept rows.
+Letters: B rows of a block, Y rank of the Markov head, X rows that a ring keeps.
 """
 
 from __future__ import annotations
@@ -148,16 +148,29 @@ class DSpark(nn.ModuleList):
     def _stages(self) -> list[DraftStage]:
         return cast("list[DraftStage]", list(self))
 
+    def listens_to(self, layer: int) -> bool:
+        """Whether the entrance takes in what this layer of the trunk gives."""
+        return layer in self.config.target_layer_ids
+
+    @staticmethod
+    def feature(x_TSD: Tensor, index: SegmentIndex) -> Tensor:
+        """What the entrance takes in of a layer's streams: their mean, [X, D], of the X rows that a ring keeps."""
+        return x_TSD[index.ring.keep_new].mean(1)
+
     def take_in(
-        self, features_XX: Tensor, index: SegmentIndex, state: Sequence[LayerState], cache_format: CacheFormat
+        self,
+        features: Sequence[Tensor],
+        index: SegmentIndex,
+        state: Sequence[LayerState],
+        cache_format: CacheFormat,
     ) -> None:
         """Move the windows of all stages along with the trunk's.
 
-        features_XX: of the rows that a ring keeps (`RingRows.keep_new`), the target layers' mean streams side by side.
-        index: of the trunk's pass. state: one for each stage, updated in place.
+        features: the `feature` of each target layer, in the layers' order. index: of the trunk's pass. state: one for
+        each stage, updated in place.
         """
         entrance, rows_X = self._stages[0], index.ring.keep_new
-        main_XD = rms_norm(entrance.main_proj(features_XX), entrance.main_norm.weight, self.eps)
+        main_XD = rms_norm(entrance.main_proj(torch.cat(list(features), dim=-1)), entrance.main_norm.weight, self.eps)
         cos, sin = index.rotation(0)
         rotation = cos[rows_X], sin[rows_X]
         for stage, layer_state in zip(self._stages, state, strict=True):

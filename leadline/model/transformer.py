@@ -73,7 +73,8 @@ class Transformer(nn.Module):
         windows of the draft stages if there are some."""
         index = self.index(segment, state)
         x_TSD = spread(self.embed(segment.tokens_T), self.config.hc_mult)
-        signals, targets = [], []
+        signals, features = [], []
+        stages = None if state is None else self.dspark
         for number, block in enumerate(self.layers):
             layer_state = None if state is None else state.layers[number]
             arguments = (x_TSD, index, layer_state, self.cache_format, training)
@@ -83,10 +84,10 @@ class Transformer(nn.Module):
                 x_TSD, block_signals = block(*arguments)
             if block_signals is not None:
                 signals.append(block_signals)
-            if self.dspark and state is not None and number in self.dspark.config.target_layer_ids:
-                targets.append(x_TSD[index.ring.keep_new].mean(1))
-        if self.dspark and state is not None:
-            self.dspark.take_in(torch.cat(targets, dim=-1), index, state.mtp, self.cache_format)
+            if stages is not None and stages.listens_to(number):
+                features.append(stages.feature(x_TSD, index))
+        if stages is not None and state is not None:
+            stages.take_in(features, index, state.mtp, self.cache_format)
         return Output(x_TSD, index, signals)
 
     def index(self, segment: Segment, state: State | None) -> SegmentIndex:

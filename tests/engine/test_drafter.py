@@ -13,8 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from leadline.engine import compiled
+from leadline.engine.compiled import CompiledStep
 from leadline.engine.drafter import DSparkDrafter, Fed, Guess, MTPDrafter, drafter_of
 from leadline.engine.engine import Engine, Settings
+from leadline.engine.graph import FixedSteps
 from leadline.engine.prefix import WindowPolicy
 from leadline.engine.request import Request, Sampling, ThinkingBudget
 from leadline.engine.runner import Runner
@@ -379,6 +382,40 @@ def test_the_stages_draft_what_they_draft_from_a_fresh_state(spark: Transformer,
                     guessed += 1
         assert guessed > 5
         assert 0 < len(engine.usage(number).drafted) <= DRAFT_BLOCK
+
+
+class Uncompiled:
+    """Stands in for `Compiled`: calls the function as it is."""
+
+    seconds = 0.0
+
+    def __init__(self, function: Callable[..., object]):
+        self.function = function
+
+    def __call__(self, *arguments: object) -> object:
+        return self.function(*arguments)
+
+
+@torch.no_grad()
+def test_steps_of_fixed_shapes_move_the_windows_of_the_stages(
+    spark: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else drafts would get worse in silence: no token changes."""
+    monkeypatch.setattr(compiled, "Compiled", Uncompiled)
+    windows: list[dict[str, torch.Tensor]] = []
+    for fixed in (False, True):
+        state = State(spark.config, 2, pages=4, max_tokens=256, spare_tokens=DRAFT_BLOCK, dtype=torch.float64)
+        state.assign(0, [3, 1])
+        state.assign(1, [2])
+        spark(Segment.of(ids(30)), state)
+        if fixed:
+            FixedSteps(spark, state, 1, CompiledStep).run([(1, 2, 3)], [30], [0])
+        else:
+            spark(Segment.of((1, 2, 3), past=[30]), state)
+        windows.append({name: tensor[0] for name, tensor in state.fixed_tensors().items() if name.startswith("mtp.")})
+    for name, tensor in windows[0].items():
+        assert tensor.any(), name
+        torch.testing.assert_close(windows[1][name], tensor, rtol=1e-9, atol=1e-9)
 
 
 def rigged() -> Transformer:
