@@ -3,13 +3,14 @@
 All layers need the same few lists: which keys form the window, which tokens an entry pools, where the entry goes, which
 entries there are to see. They depend on lengths and places and on no number of the model, so they are worked out once
 for each forward pass. `chunk_rows.py` does it for segments of any lengths, `step_rows.py` for those that bring a token
-or few of each sequence to a state.
+or few of each sequence to a state, `block_rows.py` for drafts.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from leadline.model.block_rows import BlockRows
 from leadline.model.chunk_rows import ChunkRows
 from leadline.model.config import ModelConfig
 from leadline.model.rotary import Rotary, Rotation
@@ -44,9 +45,10 @@ class SegmentIndex:
         ratios = [] if draft_block else sorted(set(config.layer_ratios) - {0})
         self.lookup: Lookup | None = None
         self._reach: dict[int, Reach] = {}
+        rows: BlockRows | StepRows | ChunkRows
         if layout is not None and draft_block:
-            rows = StepRows(segment, config.sliding_window, layout)
-            self.lookup = rows.block_lookup()
+            rows = BlockRows(segment, config.sliding_window, layout)
+            self.lookup = rows.lookup()
         elif layout is not None and max(segment.lengths) <= 1 + layout.spare_tokens and not _repeats(segment, layout):
             rows = StepRows(segment, config.sliding_window, layout)
             self.lookup = rows.lookup()
@@ -55,7 +57,9 @@ class SegmentIndex:
             self._reach[0] = rows.window_reach()
             self._reach |= {ratio: rows.entry_reach(ratio, self._reach[0]) for ratio in ratios}
         self.ring = rows.ring()
-        self.pool: dict[int, PoolRows] = {ratio: rows.pool(ratio) for ratio in ratios}
+        self.pool: dict[int, PoolRows] = {}
+        if not isinstance(rows, BlockRows):
+            self.pool = {ratio: rows.pool(ratio) for ratio in ratios}
         self._rotation = {0: rotary.at(segment.positions_T, 0)}
         if ratios:  # they all turn at one pace
             self._rotation |= dict.fromkeys(ratios, rotary.at(segment.positions_T, ratios[0]))

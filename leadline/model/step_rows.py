@@ -49,12 +49,12 @@ class StepRows:
         self._pages_NP = layout.pages.table_NP[segment.slots_N, :pages]
         self._seen_T = positions_T + 1
         # The latest positions that each token looks back at, itself the last; shorter lists are the ends of these.
-        behind_B = torch.arange(1 - max(window + max(segment.lengths), HCA_RATIO), 1, device=device)
+        behind_B = torch.arange(1 - max(window, HCA_RATIO), 1, device=device)
         self._position_TB = positions_T[:, None] + behind_B
         self._missing_TB = self._position_TB < 0
         self._is_new_TB = segment.place_T[:, None] + behind_B >= 0
         self._new_TB = self._new_T[:, None] + behind_B
-        self._window_TW = self._ring_rows(window, window)
+        self._window_TW = self._ring_rows(window)
 
     def ring(self) -> RingRows:
         """Around the window."""
@@ -63,7 +63,7 @@ class StepRows:
     def pool(self, ratio: int) -> PoolRows:
         """Around the tails and entries of the layers of a ratio: one entry for every token that may finish one."""
         segment, count = self._segment, ring_length(ratio)
-        ring_TG = self._ring_rows(count, count)
+        ring_TG = self._ring_rows(count)
         rings = self._layout.pages.slots * (count + self._layout.spare_tokens)
         rows_TG = torch.where(self._is_new_TB[:, -count:], rings + self._new_TB[:, -count:], ring_TG)
         page_T = self._pages_NP[segment.sequence_T, segment.positions_T // PAGE_TOKENS].long()
@@ -93,21 +93,10 @@ class StepRows:
             visible_T=self._seen_T // CSA_RATIO,
         )
 
-    def block_lookup(self) -> Lookup:
-        """What the tokens of draft blocks see, in window-only layers: the W keys before their block, and all of it.
-
-        The sequences bring equally many tokens, at most the spare ones: the block's keys then lie in the rows that the
-        next tokens' keys will take, and nobody's window is touched."""
-        segment, length = self._segment, self._segment.lengths[0]
-        last_N = torch.tensor(segment.starts, device=segment.device) + (length - 1)
-        rows_NX = self._ring_rows(self._window + length, self._window)[last_N].int()
-        none = torch.empty(segment.num_tokens, 0, dtype=torch.int32, device=segment.device)
-        return Lookup(rows_NX[segment.sequence_T], none, self._pages_NP, torch.zeros_like(segment.positions_T))
-
-    def _ring_rows(self, count: int, needed: int) -> Tensor:
-        """Rows, in a ring that needs some rows and has the spare ones, of the `count` latest positions that each token
-        sees; -1 before its sequence's first token."""
-        ring = needed + self._layout.spare_tokens
+    def _ring_rows(self, count: int) -> Tensor:
+        """Rows, in the rings that hold so many positions and the spare ones, of the `count` latest positions that each
+        token sees; -1 before its sequence's first token."""
+        ring = count + self._layout.spare_tokens
         row_Tc = (self._slot_T * ring)[:, None] + self._position_TB[:, -count:] % ring
         return torch.where(self._missing_TB[:, -count:], -1, row_Tc)
 

@@ -80,7 +80,7 @@ def test_compiled_steps_say_what_plain_ones_say(small: Transformer, speculate: b
             values = [torch.tensor([value for _, value in token.top or ()]) for token in (ours, theirs)]
             assert torch.allclose(values[0], values[1], atol=1e-4)
     if speculate:
-        assert engine.usage(0).drafted > 0
+        assert engine.usage(0).num_drafted > 0
 
 
 def test_a_function_that_cannot_be_compiled_is_an_error() -> None:

@@ -204,6 +204,17 @@ def test_only_spare_rows_change(model: Transformer) -> None:
         assert torch.equal(tensor, before[name]) == (not name.startswith("mtp.")), name
 
 
+def test_a_block_may_reach_beyond_the_last_page(model: Transformer) -> None:
+    """Drafts of the last tokens that a sequence can have: of the block, the first ones may still come."""
+    tokens = torch.randint(0, 250, (128,)).tolist()
+    state = State(model.config, 2, pages=1, max_tokens=128, spare_tokens=BLOCK, dtype=torch.float64)
+    state.assign(1, [0])
+    with torch.no_grad():
+        model(Segment.of(tokens[:-1], slots=[1]), state)
+    found = drafted(model, state, [tokens], [1])
+    torch.testing.assert_close(found.h_NBD[0], defined(model, tokens)[0], rtol=1e-9, atol=1e-9)
+
+
 def test_what_is_missing_is_said(model: Transformer) -> None:
     anchor = Segment.of([1], past=[3])
     with pytest.raises(ValueError, match="the state has 4 spare tokens, a block of drafts takes 5"):
