@@ -1,17 +1,23 @@
 """The engine against transformers' generate on CPU cores: decoding, and the time to the first token.
 
-usage: python benchmarks/engine_cpu.py [--quick] [--machine SLUG] [--threads N] [--out FILE]
+usage: python benchmarks/engine_cpu.py [--quick] [--only WORDS] [--machine SLUG] [--threads N] [--out FILE]
 
 Both sides get the small model of `peers_cpu.py` with the same random weights in FP32, in one process, one after the
-other. First the gate: the greedy continuation of one prompt must be the same on both sides; when it is not, nothing is
-timed. Then:
+other. First the gate: the greedy continuation of one prompt must be the same on both sides, and with compiled steps;
+when it is not, nothing is timed. Then:
 
 - *decode, batch N*: N prompts of 1,024 tokens are read, then 64 tokens of each are drawn greedily; tokens per second
   of the drawing alone. transformers' side is the time of `generate` for 65 new tokens less that for one;
+- *decode, batch N, compiled*: the same with `compile_steps`, once its steps are compiled. How long that takes stands
+  beside it: from nothing, as torch's cache of compiled code is a new folder in each run;
 - *first token*: seconds from a prompt of 8,192 tokens to the first token of its answer.
 
-Each number is the best of three runs. The result is one JSON object per measurement, as `tools/readme.py` wants it, in
-`benchmarks/results/<machine>/engine_cpu.jsonl`; with `--quick` everything is small and the file goes to `runs/`.
+*Weights once* is what decoding could reach if a step did nothing but read each weight that it needs one time, as fast
+as these cores read a buffer of as many bytes over and over.
+
+Each number is the best of three runs. `--only` takes the measurements whose name holds the words. The result is one
+JSON object per measurement, as `tools/readme.py` wants it, in `benchmarks/results/<machine>/engine_cpu.jsonl`; with
+`--quick` everything is small, and then, or with `--only`, the file goes to `runs/`.
 """
 
 from __future__ import annotations
@@ -19,9 +25,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,28 +75,53 @@ def prompts(count: int, length: int) -> list[tuple[int, ...]]:
 # -- leadline ------------------------------------------------------------------------------------------------------
 
 
-def our_engine(side: LeadlineSide, count: int, tokens: int) -> Engine:
-    settings = Settings(slots=count, pages=count * (num_pages(tokens) + 2), policy=WindowPolicy("zero"))
+def our_engine(side: LeadlineSide, count: int, tokens: int, compiled: bool = False) -> Engine:
+    pages = count * (num_pages(tokens) + 2)
+    settings = Settings(slots=count, pages=pages, policy=WindowPolicy("zero"), compile_steps=compiled)
     return Engine(side.model, settings)
 
 
-def our_answer(side: LeadlineSide, prompt: tuple[int, ...], new: int) -> list[int]:
-    engine = our_engine(side, 1, len(prompt) + new)
+def our_answer(side: LeadlineSide, prompt: tuple[int, ...], new: int, compiled: bool) -> list[int]:
+    engine = our_engine(side, 1, len(prompt) + new, compiled)
     engine.submit(Request(prompt, new, GREEDY))
     return [token.id for _ in iter(lambda: engine.busy, False) for event in engine.step() for token in event.tokens]
 
 
-def our_decoding(side: LeadlineSide, batch: int, sizes: Sizes) -> float:
-    """Tokens per second once every prompt has been read."""
-    engine = our_engine(side, batch, sizes.decode_prompt + sizes.new + 1)
+def reading_engine(side: LeadlineSide, batch: int, sizes: Sizes, compiled: bool) -> Engine:
+    """An engine that has read every prompt, with room for the tokens of all repeats."""
+    engine = our_engine(side, batch, sizes.decode_prompt + (sizes.repeats + 1) * sizes.new + 1, compiled)
     for prompt in prompts(batch, sizes.decode_prompt):
         engine.submit(Request(prompt, 10**6, GREEDY))
     while not engine.running or any(sequence.pending > 1 for sequence in engine.running) or engine.waiting:
         engine.step()
+    return engine
+
+
+def our_decoding(engine: Engine, sizes: Sizes) -> float:
+    """Tokens per second of some steps."""
     start, drawn = time.perf_counter(), 0
     for _ in range(sizes.new):
         drawn += sum(len(event.tokens) for event in engine.step())
     return drawn / (time.perf_counter() - start)
+
+
+def weights_once(side: LeadlineSide, batch: int, sizes: Sizes) -> float:
+    """Tokens per second if a step were the reading of its weights: all but the embedding, and of the experts as many
+    as so many tokens visit at most."""
+    config, num_bytes = side.model.config, 0
+    visited = min(1.0, batch * config.num_experts_per_tok / config.n_routed_experts)
+    for name, weight in side.model.named_parameters():
+        if not name.startswith("embed."):
+            num_bytes += int(weight.nbytes * (visited if ".experts." in name else 1.0))
+    buffer = torch.ones(num_bytes // 4)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        for _ in range(sizes.new):
+            buffer.sum()
+        return (time.perf_counter() - start) / sizes.new
+
+    return batch / min(seconds() for _ in range(sizes.repeats))
 
 
 def our_first_token(side: LeadlineSide, sizes: Sizes) -> float:
@@ -137,41 +170,60 @@ def their_decoding(side: TransformersSide, batch: int, sizes: Sizes) -> float:
 def gate(ours: LeadlineSide, theirs: TransformersSide) -> None:
     """BenchmarkError when the greedy continuations differ."""
     (prompt,) = prompts(1, 200)
-    found, expected = our_answer(ours, prompt, 12), their_tokens(theirs, torch.tensor([prompt]), 12)[0].tolist()
-    if found != expected:
-        raise BenchmarkError(f"greedy continuations differ: leadline {found}, transformers {expected}")
+    expected = their_tokens(theirs, torch.tensor([prompt]), 12)[0].tolist()
+    for compiled in (False, True):
+        found = our_answer(ours, prompt, 12, compiled)
+        if found != expected:
+            raise BenchmarkError(f"greedy continuations differ: leadline {found}, transformers {expected}")
 
 
-def rows(ours: LeadlineSide, theirs: TransformersSide, sizes: Sizes, advance: Callable[[str], None]) -> list[Any]:
-    """One row per measurement, in the README's columns."""
+Measurement = tuple[str, Callable[[], dict[str, str]]]
+
+
+def measurements(ours: LeadlineSide, theirs: TransformersSide, sizes: Sizes) -> list[Measurement]:
+    """Name and work of each; the work returns the README's columns behind the name."""
 
     def best(measure: Callable[[], float], choose: Callable[..., float]) -> float:
         return choose(measure() for _ in range(sizes.repeats))
 
-    found: list[dict[str, str]] = []
+    known: dict[int, float] = {}  # of transformers, which has one figure for both of ours
+
+    def decoding(batch: int, compiled: bool) -> dict[str, str]:
+        engine = reading_engine(ours, batch, sizes, compiled)
+        our_decoding(engine, sizes)  # warm, and compiled
+        mine = best(lambda: our_decoding(engine, sizes), max)
+        if batch not in known:
+            known[batch] = best(lambda: their_decoding(theirs, batch, sizes), max)
+        compiling, once = engine.compile_seconds, weights_once(ours, batch, sizes)
+        row = _row(f"{mine:,.1f}", f"{known[batch]:,.1f}", mine / known[batch])
+        return row | {"compiling, s": f"{compiling:.0f}" if compiled else "", "weights once": f"{once:,.0f}"}
+
+    def first_token() -> dict[str, str]:
+        mine = best(lambda: our_first_token(ours, sizes), min)
+        other = best(lambda: their_seconds(theirs, 1, sizes.first_prompt, 1), min)
+        return _row(f"{mine:.2f}", f"{other:.2f}", other / mine) | {"compiling, s": "", "weights once": ""}
+
+    found: list[Measurement] = []
     for batch in (1, 16):
-        advance(f"decode, batch {batch}")
-        mine = best(lambda batch=batch: our_decoding(ours, batch, sizes), max)
-        other = best(lambda batch=batch: their_decoding(theirs, batch, sizes), max)
-        what = f"decode after {sizes.decode_prompt:,} tokens, batch {batch}, tokens/s"
-        found.append(_row(what, f"{mine:,.1f}", f"{other:,.1f}", mine / other))
-    advance("first token")
-    mine = best(lambda: our_first_token(ours, sizes), min)
-    other = best(lambda: their_seconds(theirs, 1, sizes.first_prompt, 1), min)
-    what = f"first token of a prompt of {sizes.first_prompt:,}, s"
-    found.append(_row(what, f"{mine:.2f}", f"{other:.2f}", other / mine))
-    return found
+        for compiled in (False, True):
+            what = f"decode after {sizes.decode_prompt:,} tokens, batch {batch}{', compiled' * compiled}, tokens/s"
+            found.append((what, partial(decoding, batch, compiled)))
+    return [*found, (f"first token of a prompt of {sizes.first_prompt:,}, s", first_token)]
 
 
-def _row(what: str, ours: str, theirs: str, ratio: float) -> dict[str, str]:
-    return {"what": what, "leadline": ours, "transformers": theirs, "times faster": f"{ratio:.2f}"}
+def _row(ours: str, theirs: str, ratio: float) -> dict[str, str]:
+    return {"leadline": ours, "transformers": theirs, "times faster": f"{ratio:.2f}"}
 
 
-def benchmark(sizes: Sizes, threads: int, out: Path) -> list[dict[str, Any]]:
+def benchmark(sizes: Sizes, threads: int, only: str, out: Path) -> list[dict[str, Any]]:
     """Gate, measure, store; returns the stored lines."""
     torch.set_num_threads(threads)
     console = Console(stderr=True)
     ours, theirs = LeadlineSide(), TransformersSide()
+    chosen = [(what, measure) for what, measure in measurements(ours, theirs, sizes) if only in what]
+    if not chosen:
+        raise BenchmarkError(f"--only '{only}': no measurement has a name with that")
+    console.print("comparing greedy continuations; the first compiled step takes a while")
     gate(ours, theirs)
     run: Run = this_run(threads)
     shared = {
@@ -183,7 +235,10 @@ def benchmark(sizes: Sizes, threads: int, out: Path) -> list[dict[str, Any]]:
         "commit": run.commit,
         "versions": run.versions,
     }
-    lines = [shared | {"row": row} for row in rows(ours, theirs, sizes, console.print)]
+    lines: list[dict[str, Any]] = []
+    for what, measure in chosen:
+        console.print(what)
+        lines.append(shared | {"row": {"what": what, **measure()}})
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf8") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -199,13 +254,18 @@ def benchmark(sizes: Sizes, threads: int, out: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, to try the benchmark out; into runs/")
+    parser.add_argument("--only", default="", metavar="WORDS", help="measurements whose name holds these words")
     parser.add_argument("--machine", help="name of the result folder")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     folder = ROOT / "benchmarks" / "results" / (options.machine or machine_slug())
-    default = Path("runs/engine_cpu.jsonl") if options.quick else folder / "engine_cpu.jsonl"
-    benchmark(QUICK if options.quick else Sizes(), options.threads, options.out or default)
+    part = options.quick or options.only
+    default = Path("runs/engine_cpu.jsonl") if part else folder / "engine_cpu.jsonl"
+    # The compiler's results are kept in a folder of this run, so that the seconds it took mean something.
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        benchmark(QUICK if options.quick else Sizes(), options.threads, options.only, options.out or default)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ class Compiled(Generic[Parameters, Result]):
         assert isinstance(function, FunctionType)
         # torch looks compiled functions up by their code object: each gets one of its own.
         own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-        options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        # With its wrapper in C++ a function is one file, one run of the compiler, and calls products without Python.
+        options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "cpp_wrapper": True}
         self._name = function.__name__
         self._call: Callable[Parameters, Result] = torch.compile(own, fullgraph=True, dynamic=False, options=options)
         self.seconds = 0.0

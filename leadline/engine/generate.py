@@ -23,11 +23,18 @@ def engine_for(
     step_tokens: int = 512,
     speculate: bool = False,
     draft_cost: float = 0.0,
+    compile_steps: bool = False,
     disk: DiskCache | None = None,
 ) -> Engine:
     """An engine for one sequence of so many tokens, prompt and output."""
-    pages = num_pages(tokens + 1)
-    settings = Settings(slots=1, pages=pages, step_tokens=step_tokens, speculate=speculate, draft_cost=draft_cost)
+    settings = Settings(
+        slots=1,
+        pages=num_pages(tokens + 1),
+        step_tokens=step_tokens,
+        speculate=speculate,
+        draft_cost=draft_cost,
+        compile_steps=compile_steps,
+    )
     return Engine(model, settings, disk)
 
 

@@ -15,6 +15,7 @@ the time to the first token, the bytes of the cache, and how many guesses were r
   cache=FORMAT      exact, served or packed           dtype=KIND        file, float32, bfloat16 or float16
   device=NAME       cpu, cuda; default: the GPU if there is one
   disk_cache=FOLDER of prompts that were read before  disk_cache_gib=32 most of it
+  compile_steps=no  on the CPU: compile the decoding step first, which takes about a minute; needs a C++ compiler
 
   leadline generate runs/demo/checkpoint "def add(a, b):" max_tokens=64 temperature=0
 """
@@ -59,6 +60,7 @@ class Options:
     device: str = "auto"
     disk_cache: Path | None = None
     disk_cache_gib: float = GIB
+    compile_steps: bool = False
 
 
 def main(arguments: list[str]) -> int:
@@ -95,6 +97,7 @@ def main(arguments: list[str]) -> int:
         step_tokens=options.step_tokens,
         speculate=options.speculate,
         draft_cost=options.draft_cost,
+        compile_steps=options.compile_steps,
         disk=disk,
     )
     try:
@@ -153,7 +156,7 @@ def say(engine: Engine, request: Request, tokenizer: Tokenizer) -> None:
             progress.update(task, completed=engine.seen(number))
             cache_bytes = max(cache_bytes, engine.cache_bytes)
     print(decoder.decode(b"", final=True), flush=True)
-    figures = summary(engine.usage(number), clock, cache_bytes)
+    figures = summary(engine.usage(number), clock, cache_bytes, engine.compile_seconds)
     Console(stderr=True).print(figures, highlight=False, style="dim", soft_wrap=True)
 
 
@@ -172,15 +175,18 @@ def _reading(prompt_tokens: int) -> Progress:
     return progress
 
 
-def summary(usage: Usage, clock: Clock, cache_bytes: int) -> str:
-    """One line of figures."""
+def summary(usage: Usage, clock: Clock, cache_bytes: int, compile_seconds: float = 0.0) -> str:
+    """One line of figures. Compiling comes between the first two tokens, and counts on its own."""
     parts = [f"{usage.prompt_tokens:,} + {usage.output_tokens:,} tokens"]
     if usage.cached_tokens:
         parts.append(f"{usage.cached_tokens:,} from the cache")
     if clock.first is not None and clock.last is not None:
         parts.append(f"first after {clock.first - clock.start:.2f} s")
         if usage.output_tokens > 1:
-            parts.append(f"then {(usage.output_tokens - 1) / (clock.last - clock.first):,.1f} tokens/s")
+            seconds = clock.last - clock.first - compile_seconds
+            parts.append(f"then {(usage.output_tokens - 1) / seconds:,.1f} tokens/s")
+    if compile_seconds:
+        parts.append(f"steps compiled in {compile_seconds:.0f} s")
     parts.append(f"cache {cache_bytes / 2**20:,.1f} MiB")
     if usage.num_drafted:
         parts.append(guesses(usage))

@@ -25,6 +25,8 @@ http://127.0.0.1:8000/v1 and any API key. Ctrl-C or SIGTERM lets running answers
   disk_cache=FOLDER of prompts, outlives the server   disk_cache_gib=32 most of it
   window_policy=periodic   full, periodic or zero: how much of each prefix is kept, and how little is computed again
   batch_invariant=no   on the CPU: the same bits whatever else is served, slower
+  compile_steps=no  on the CPU: compile the decoding step for each number of answers at once when it first comes up;
+                    answers then wait for about a minute; needs a C++ compiler
   replicas=1        servers behind this address, each with a GPU to itself; needs `pip install 'leadline[ray]'`
   cluster=ADDRESS   of a Ray cluster that they are spread over, default: this machine
 
@@ -101,6 +103,7 @@ class Options:
     disk_cache: Path | None = None
     disk_cache_gib: float = GIB
     window_policy: Literal["full", "periodic", "zero"] = "periodic"
+    compile_steps: bool = False
     replicas: int = 1
     cluster: str = ""
     grace: int = 60
@@ -268,6 +271,7 @@ def engine_of(model: Transformer, options: Options, disk: DiskCache | None) -> E
             speculate=options.speculate,
             draft_cost=options.draft_cost,
             batch_invariant=options.batch_invariant,
+            compile_steps=options.compile_steps,
         ),
         disk,
     )
