@@ -16,9 +16,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -66,9 +66,11 @@ class Compiled(Generic[Parameters, Result]):
         # torch looks compiled functions up by their code object: each gets one of its own.
         own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
         # With its wrapper in C++ a function is one file, one run of the compiler, and calls products without Python.
-        options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "cpp_wrapper": True}
+        options: dict[str, str | int | bool | Callable[..., Any]] = {"guard_filter_fn": _no_guards, "cpp_wrapper": True}
         self._name = function.__name__
-        self._call: Callable[Parameters, Result] = torch.compile(own, fullgraph=True, dynamic=False, options=options)
+        self._call: Callable[Parameters, Result] = torch.compile(  # pyright: ignore[reportUnknownMemberType]
+            own, fullgraph=True, dynamic=False, options=options
+        )
         self.seconds = 0.0
 
     def __call__(self, *arguments: Parameters.args, **named: Parameters.kwargs) -> Result:
@@ -84,6 +86,11 @@ class Compiled(Generic[Parameters, Result]):
         return result
 
 
+def _no_guards(guards: Sequence[object]) -> list[bool]:
+    """Of torch's guards, which to keep."""
+    return [False] * len(guards)
+
+
 class CompiledStep(FixedStep):
     """A step whose parts are compiled in its first run."""
 
@@ -91,7 +98,8 @@ class CompiledStep(FixedStep):
         super().__init__(model, state, sequences, length, longest)
         self._begin, self._end, self._predict = Compiled(_begin), Compiled(_end), Compiled(_predict)
         self._take_in = Compiled(_take_in)
-        self._blocks = {kind: Compiled(_through_block) for kind in map(_kind, model.layers)}
+        self._layers = [block for block in model.layers if isinstance(block, Block)]
+        self._blocks = {kind: Compiled(_through_block) for kind in map(_kind, self._layers)}
 
     @property
     def compile_seconds(self) -> float:
@@ -104,7 +112,7 @@ class CompiledStep(FixedStep):
         model, state = self._model, self._state
         index, x_TSD = self._begin(model, self._segment, state)
         features: list[Tensor] = []
-        for number, (block, layer_state) in enumerate(zip(model.layers, state.layers, strict=True)):
+        for number, (block, layer_state) in enumerate(zip(self._layers, state.layers, strict=True)):
             x_TSD = self._blocks[_kind(block)](block, x_TSD, index, layer_state, model.cache_format)
             if model.dspark is not None and model.dspark.listens_to(number):
                 features.append(model.dspark.feature(x_TSD, index))
@@ -117,9 +125,8 @@ class CompiledStep(FixedStep):
         return self._predict(self._model, output.streams_TSD, next_T, output.index, self._state.mtp[0])
 
 
-def _kind(block: torch.nn.Module) -> tuple[int, bool]:
+def _kind(block: Block) -> tuple[int, bool]:
     """What decides the arithmetic of a block: its compression ratio, and whether its router looks experts up."""
-    assert isinstance(block, Block)
     return block.attn.ratio, block.ffn.hashed
 
 

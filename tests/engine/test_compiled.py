@@ -15,6 +15,7 @@ from leadline.engine.engine import Engine, Settings
 from leadline.engine.prefix import WindowPolicy
 from leadline.engine.request import Request, Sampling
 from leadline.model.config import TINY
+from leadline.model.linear import Linear
 from leadline.model.transformer import Transformer
 from leadline.ops.quantized_linear import quantize
 
@@ -107,7 +108,8 @@ def test_not_together_with_batch_invariance(small: Transformer) -> None:
 
 def test_not_with_quantised_weights() -> None:
     model = random_weights(Transformer(SMALL), 7)
-    linear = model.layers[1].attn.wkv
+    linear = model.get_submodule("layers.1.attn.wkv")
+    assert isinstance(linear, Linear)
     linear.hold(quantize(linear.weight.detach(), "fp8"))
     with pytest.raises(CompileError, match=r"layers\.1\.attn\.wkv.* is in eight or four bits"):
         Engine(model, replace(SETTINGS, compile_steps=True))
