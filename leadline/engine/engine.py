@@ -38,7 +38,7 @@ from leadline.engine.sequence import Event, Finish, Sequence, Token, Usage
 from leadline.model.page_table import PAGE_TOKENS
 from leadline.model.state import State
 from leadline.model.transformer import Transformer
-from leadline.ops.invariance import batch_invariant
+from leadline.ops.invariance import batch_invariant, check_batch_invariance
 
 PATIENCE_STEPS = 64
 """Steps without a fault after which steps that had to become smaller grow again."""
@@ -54,8 +54,8 @@ class Settings:
     cache. speculate: guess with the MTP block or the draft stages, whichever the model has. draft_cost: what a token
     adds to the time of a step, relative to a step without any; the higher, the surer a guess of the draft stages has to
     be (`admit_drafts`). batch_invariant: a sequence's logits are the same bits whatever else is served and however its
-    prompt is cut or cached (`ops/invariance.py`); slower, and on the CPU only. compile_steps: on the CPU, compile the
-    decoding steps of each shape when it first comes up (`compiled.py`).
+    prompt is cut or cached (`ops/invariance.py`); slower, above all on a GPU, where no step is captured then.
+    compile_steps: on the CPU, compile the decoding steps of each shape when it first comes up (`compiled.py`).
     """
 
     slots: int = 8
@@ -76,8 +76,8 @@ class Engine:
     def __init__(self, model: Transformer, settings: Settings, disk: DiskCache | None = None):
         if not 0.0 <= settings.draft_cost < float("inf"):
             raise ValueError(f"draft_cost is {settings.draft_cost}: expected 0 or more")
-        if settings.batch_invariant and model.embed.weight.is_cuda:
-            raise ValueError("batch_invariant holds for the CPU: move the model there, or serve without it")
+        if settings.batch_invariant:
+            check_batch_invariance(model.embed.weight)
         if settings.step_tokens < PAGE_TOKENS:
             raise ValueError(f"step_tokens is {settings.step_tokens}: expected at least a page, {PAGE_TOKENS}")
         if settings.compile_steps and settings.batch_invariant:
@@ -328,7 +328,10 @@ class Engine:
 
 
 def _fixed_steps(model: Transformer, state: State, settings: Settings) -> FixedSteps | None:
-    """Captured ones on a card, compiled ones on the CPU if asked for."""
+    """Captured ones on a card, compiled ones on the CPU if asked for; none in the mode of the same bits, whose attention
+    asks the device how much there is to see."""
+    if settings.batch_invariant:
+        return None
     if model.embed.weight.is_cuda:
         return FixedSteps(model, state, settings.slots, StepGraph)
     return FixedSteps(model, state, settings.slots, CompiledStep) if settings.compile_steps else None

@@ -7,6 +7,9 @@ Float64 always goes to the reference: gradient checks and oracles are what it is
 CUDA graph of nodes would normally run in a thread of its own, where activation recomputation would then choose anew and
 differently, so inside of the block autograd stays in the same thread.
 
+`batch_invariant` (`ops/invariance.py`) narrows it: inside of its block only the kernels of `INVARIANT` run, and every
+other op is its reference, whatever the device. What belongs there is said beside the list.
+
 torch.compile asks once, while it traces: a compiled function keeps the choice that held then.
 
 Triton's interpreter runs kernels on CPU tensors, slowly, for tests: set TRITON_INTERPRET=1 before Triton is imported,
@@ -29,6 +32,28 @@ Implementation = Literal["reference", "kernel"]
 
 _TRITON_INSTALLED = find_spec("triton") is not None
 _forced: ContextVar[Implementation | None] = ContextVar("leadline_ops_implementation", default=None)
+_batch_invariant: ContextVar[bool] = ContextVar("leadline_batch_invariant", default=False)
+
+# The kernels that may run inside of `batch_invariant`. Each makes a row of its result from that row of its operands
+# alone: it copies or compares, computes number by number, or adds up in an order that widths decide and the number of
+# rows does not. And it is the only one of its kind: the same for a chunk and for a step, with and without gradients. An
+# op that has one kernel for chunks and another for steps, as attention and indexer do, is not of them.
+INVARIANT = frozenset(
+    (
+        "read_rows",
+        "write_rows",
+        "select_topk",
+        "token_permutation",
+        "rms_norm",
+        "rope",
+        "swiglu",
+        "gated_pool",
+        "hyper_connection",
+        "grouped_linear",  # as tiles; the library's product is left out there
+        "quantized_linear",
+        "ordered_sums",
+    )
+)
 
 
 class KernelError(ValueError):
@@ -51,11 +76,28 @@ def implementation(name: Implementation) -> Iterator[None]:
         _forced.reset(token)
 
 
+@contextmanager
+def batch_invariant() -> Iterator[None]:
+    """Inside of the block a token's numbers have the same bits whatever is computed beside it."""
+    token = _batch_invariant.set(True)
+    try:
+        yield
+    finally:
+        _batch_invariant.reset(token)
+
+
+@torch.compiler.assume_constant_result
+def is_batch_invariant() -> bool:
+    """Whether a `batch_invariant` block is open."""
+    return _batch_invariant.get()
+
+
 def use_kernel(op: str, x: Tensor) -> bool:
-    """Whether `op` runs as a kernel on x: on CUDA with Triton installed, unless x is float64 or `implementation` says
-    otherwise. KernelError when a kernel is demanded where none can run."""
+    """Whether `op` runs as a kernel on x: on CUDA with Triton installed, unless x is float64, `implementation` says
+    otherwise, or `batch_invariant` leaves it to the reference. KernelError when a kernel is demanded where none can
+    run."""
     forced = _demanded()
-    if forced == "reference":
+    if forced == "reference" or (is_batch_invariant() and op not in INVARIANT):
         return False
     obstacle = _obstacle(x)
     if forced == "kernel" and obstacle:

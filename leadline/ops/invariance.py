@@ -4,55 +4,67 @@ Floating-point sums depend on their order, and libraries choose the order by the
 added up differently than the same row among a hundred. An answer then changes with the traffic, a cached prefix is only
 nearly equal to a computed one, and a trainer only nearly sees the probabilities its generator drew from.
 
-Inside of `batch_invariant()` the references compute with shapes that never vary: products take `ROWS` rows at a time,
-the last ones padded, and attention adds the columns that a query sees block by block, in order of their positions.
-What is beside a token then decides nothing: the same token after the same past gives the same bits in any chunk, any
-batch, with or without a state. Sums that run along one row, as in norms, are safe anyway, and quantised products are
-exact in the reference.
+Inside of `batch_invariant()` the references say in which order everything is added up: attention adds the columns that
+a query sees block by block, in order of their positions, whether they were gathered for a chunk or looked up for a
+step. What is beside a token then decides nothing: the same token after the same past gives the same bits in any chunk,
+any batch, with or without a state.
 
-It costs speed, and it covers the references alone.
+Below the references, the shapes must not choose an order either:
+
+- On the CPU they never vary. Products take `ROWS` rows at a time, the last ones padded. Sums that run along one row, as
+  in norms, are safe anyway, and quantised products are exact in the reference.
+- On a GPU products and sums are those of `ops/ordered_sums`, and ops whose kernels treat every row alike keep them
+  (`dispatch.INVARIANT`).
+
+It costs speed. Bits are those of one device and dtype: a GPU's are not the CPU's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from leadline.ops.dispatch import batch_invariant, is_batch_invariant
+from leadline.ops.ordered_sums import has_kernel, ordered_bmm, ordered_sum
+
+__all__ = [
+    "COLUMNS",
+    "attend_blocks",
+    "batch_invariant",
+    "check_batch_invariance",
+    "is_batch_invariant",
+    "row_sums",
+    "rows_times",
+    "rowwise",
+]
+
 ROWS = 16  # of one product
 COLUMNS = 128  # entries that are added up at once
 
-_on: ContextVar[bool] = ContextVar("leadline_batch_invariant", default=False)
 
-
-@contextmanager
-def batch_invariant() -> Iterator[None]:
-    """Compute with fixed shapes inside of the block."""
-    token = _on.set(True)
-    try:
-        yield
-    finally:
-        _on.reset(token)
-
-
-@torch.compiler.assume_constant_result
-def is_batch_invariant() -> bool:
-    """Whether a `batch_invariant` block is open. torch.compile asks once, while it traces."""
-    return _on.get()
+def check_batch_invariance(x: Tensor) -> None:
+    """KernelError when nothing is invariant where x lies, which is so on a GPU without Triton and for float64 there."""
+    has_kernel(x)
 
 
 def rows_times(x_TN: Tensor, weight_ON: Tensor) -> Tensor:
-    """x W^T, [T, O]; in blocks of `ROWS` rows where rows must not depend on each other."""
+    """x W^T, [T, O]; in an order that rows do not choose, where they must not depend on each other."""
     if not is_batch_invariant():
         return torch.nn.functional.linear(x_TN, weight_ON)
+    if has_kernel(x_TN):
+        return ordered_bmm(x_TN[None], weight_ON.T[None])[0]
     num_rows = x_TN.shape[0]
     padded = torch.nn.functional.pad(x_TN, (0, 0, 0, -num_rows % ROWS)).contiguous().unflatten(0, (-1, ROWS))
     # bmm, not matmul: that would fold the blocks into one product of a shape that varies.
     return torch.bmm(padded, weight_ON.T.expand(len(padded), -1, -1)).flatten(0, 1)[:num_rows]
+
+
+def row_sums(x: Tensor) -> Tensor:
+    """The sum over the last axis; in an order that rows do not choose, where they must not depend on each other."""
+    return ordered_sum(x) if is_batch_invariant() else x.sum(-1)
 
 
 def rowwise(function: Callable[..., Any], *tensors: Tensor) -> Any:
@@ -60,9 +72,9 @@ def rowwise(function: Callable[..., Any], *tensors: Tensor) -> Any:
 
     Vector units and the scalar code behind them differ in the last bit of exp and its like, and which numbers fall
     behind the last full vector depends on how many there are. So where rows must not depend on each other, zero rows
-    are added until no thread's share ends in the middle of a vector.
+    are added until no thread's share ends in the middle of a vector. A GPU has no such vectors.
     """
-    if not is_batch_invariant():
+    if not is_batch_invariant() or tensors[0].is_cuda:
         return function(*tensors)
     num_rows = len(tensors[0])
     missing = -num_rows % (ROWS * torch.get_num_threads())
@@ -79,12 +91,12 @@ def attend_blocks(q_bHK: Tensor, blocks: list[tuple[Tensor, Tensor]], dtype: tor
     values. Returns (sum of probabilities x values [b, H, K], their sum [b, H], the largest score [b, H]); a block of
     which a query sees nothing changes none of its bits.
     """
-    scores = [torch.bmm(q_bHK, vectors.mT).masked_fill_(~seen[:, None], float("-inf")) for vectors, seen in blocks]
+    scores = [ordered_bmm(q_bHK, vectors.mT).masked_fill_(~seen[:, None], float("-inf")) for vectors, seen in blocks]
     largest_bH = torch.stack([part.amax(-1) for part in scores]).amax(0)
     floor_bH1 = largest_bH.masked_fill(largest_bH == float("-inf"), 0.0)[..., None]
     sum_bH, o_bHK = torch.zeros_like(largest_bH), torch.zeros_like(q_bHK)
     for part, (vectors, _) in zip(scores, blocks, strict=True):
         weights = part.sub_(floor_bH1).exp_()
-        sum_bH += weights.sum(-1)
-        o_bHK += torch.bmm(weights.to(dtype).to(weights.dtype), vectors)
+        sum_bH += ordered_sum(weights)
+        o_bHK += ordered_bmm(weights.to(dtype).to(weights.dtype), vectors)
     return o_bHK, sum_bH, largest_bH

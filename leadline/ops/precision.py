@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from leadline.ops.dispatch import is_batch_invariant
+from leadline.ops.ordered_sums import ordered_bmm
+
 
 def wide(x: Tensor) -> Tensor:
     """x in float32, or unchanged when it is float64 (gradient checks run in float64)."""
@@ -24,6 +27,8 @@ class ExactProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, weight_ED)
+        if is_batch_invariant():
+            return ordered_bmm(x_TD[None], weight_ED.T[None], torch.float32)[0]
         return torch.mm(x_TD, weight_ED.T, out_dtype=torch.float32)
 
     @staticmethod

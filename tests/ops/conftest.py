@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -145,6 +146,22 @@ def loops_to_scalars(monkeypatch: pytest.MonkeyPatch) -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
+@pytest.fixture
+def dots_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of tiles, one summand after the other in every number, as on a GPU. Triton's interpreter leaves them to
+    a library, which does not treat the rows of a tile alike."""
+    from triton.runtime import interpreter
+
+    def create_dot(_: Any, a: Any, b: Any, d: Any, *__: Any) -> Any:
+        sums = d.data.copy()
+        with np.errstate(invalid="ignore"):
+            for column, row in zip(a.data.T, b.data, strict=True):
+                sums += column[:, None] * row
+        return interpreter.TensorHandle(sums, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from leadline.ops.dispatch import use_kernel
+from leadline.ops.dispatch import is_batch_invariant, use_kernel
 from leadline.ops.grouped_linear import reference
 from leadline.ops.grouped_linear.reference import GroupedLinear
 
@@ -15,12 +15,13 @@ def grouped_linear(x_XD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor
     x_XD: [X, D], rows sorted by expert. weight_EFD: [E, F, D]. counts_E: int64 [E], rows of each expert, sum X.
     Returns [X, F] in the dtype of x. Differentiable in x and weight; an expert without rows gets a zero gradient. On
     CUDA the host does not know the counts: bfloat16 with D and F divisible by 8 runs as the library's grouped product,
-    anything else as plain tiles.
+    anything else as plain tiles, and so does everything inside of `batch_invariant`.
     """
     if use_kernel("grouped_linear", x_XD):
         from leadline.ops.grouped_linear import kernel, tiled_kernel
 
-        takes = kernel.takes(x_XD, weight_EFD)
+        # The library may choose its tiles by the number of rows.
+        takes = kernel.takes(x_XD, weight_EFD) and not is_batch_invariant()
         return (kernel if takes else tiled_kernel).GroupedLinear.apply(x_XD, weight_EFD, counts_E)
     return GroupedLinear.apply(x_XD, weight_EFD, counts_E)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from leadline.ops.invariance import COLUMNS, is_batch_invariant
+from leadline.ops.ordered_sums import ordered_bmm
 from leadline.ops.precision import wide
 from leadline.ops.reach import Reach, Tile, entry_columns, tiles
 from leadline.ops.select_topk import select_topk
@@ -46,8 +47,8 @@ def _scores_in_blocks(q_bJI: Tensor, weight_b1J: Tensor, keys: Tensor) -> Tensor
     padded = torch.nn.functional.pad(wide(keys), (0, 0, 0, -num_keys % COLUMNS))
     scores = []
     for piece in padded.split(COLUMNS, dim=-2):
-        products_bJX = torch.bmm(q_bJI, piece.expand(len(q_bJI), -1, -1).mT).relu_()
-        scores.append(torch.bmm(weight_b1J, products_bJX).squeeze(1))
+        products_bJX = ordered_bmm(q_bJI, piece.expand(len(q_bJI), -1, -1).mT).relu_()
+        scores.append(ordered_bmm(weight_b1J, products_bJX).squeeze(1))
     return torch.cat(scores, dim=1)[:, :num_keys]
 
 

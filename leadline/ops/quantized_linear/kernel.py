@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leadline.formats import e8m0
-from leadline.ops.invariance import is_batch_invariant
+from leadline.ops.dispatch import is_batch_invariant
 from leadline.ops.opaque import opaque
 from leadline.ops.quantized_linear import few_kernel
 from leadline.ops.quantized_linear.round_kernel import Activations, Weight, round_activations
@@ -142,6 +142,8 @@ def launch(
             hopper.multiply(rounded, weights, results)
             return results
     tokens = min(max(triton.next_power_of_2(len(x_TN) // max(experts, 1)), 16), 64)
+    if is_batch_invariant():
+        tokens = 16  # with more of them the matrix units may be others, which add up differently
     rounded = round_activations(x_TN, counts_E, tokens, permuted=False)
     for weight, y_TO in zip(weights, results, strict=True):
         _multiply(rounded, weight, y_TO)
