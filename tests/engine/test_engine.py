@@ -23,6 +23,7 @@ from leadline.engine.sequence import Finish
 from leadline.model.config import TINY
 from leadline.model.segment import Segment
 from leadline.model.transformer import Output, Transformer
+from leadline.ops.dispatch import KernelError
 from leadline.ops.invariance import batch_invariant
 
 from .conftest import Run, random_weights
@@ -338,11 +339,12 @@ def test_damaged_logits_end_their_own_sequence_only(
     assert_nothing_leaks(engine)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.kind)
-def test_batch_invariant_logits_are_the_trainers_to_the_last_bit(policy: WindowPolicy) -> None:
+def test_batch_invariant_logits_are_the_trainers_to_the_last_bit(policy: WindowPolicy, device: str) -> None:
     """Cold, beside others, in other chunks, after a prefix hit, with drafts, after being pushed out: in float32, with
     tolerance zero, and equal to one forward pass without a state."""
-    model = random_weights(Transformer(TINY), 5)
+    model = random_weights(Transformer(TINY), 5).to(device)
     request = Request(ids(300), 12, replace(GREEDY, logprobs=3))
     others = [Request(ids(150 + 40 * n, n), 60, Sampling(seed=n)) for n in range(2)]
     found = []
@@ -357,11 +359,17 @@ def test_batch_invariant_logits_are_the_trainers_to_the_last_bit(policy: WindowP
             found.append([(token.id, token.logprob, token.top) for token in run.tokens[numbers[-1]]])
     tokens = [*request.prompt, *(id_ for id_, _, _ in found[0])]
     with torch.no_grad(), batch_invariant():
-        logits_TV = model.logits(model.hidden(model(Segment.of(tokens)).streams_TSD))
+        logits_TV = model.logits(model.hidden(model(Segment.of(tokens, device=device)).streams_TSD))
     log_p_TV = torch.log_softmax(logits_TV[len(request.prompt) - 1 : -1], -1)
     trainers = [float(log_p_V[id_]) for log_p_V, (id_, _, _) in zip(log_p_TV, found[0], strict=True)]
     assert [logprob for _, logprob, _ in found[0]] == trainers
     assert all(other == found[0] for other in found)
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_batch_invariant_on_a_gpu_is_refused_at_the_start() -> None:
+    with pytest.raises(KernelError, match=r"batch invariance: no kernel for torch.float64 on cuda:0: it needs Triton"):
+        Engine(Transformer(TINY).double().cuda(), Settings(slots=1, pages=2, batch_invariant=True))
 
 
 @pytest.mark.parametrize("failures", [1, 2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -20,6 +21,13 @@ from leadline.model.transformer import Transformer
 from leadline.ops.invariance import batch_invariant
 
 TOKENS = 150
+# Wide enough for several tiles of columns and runs of summands.
+CARD = TINY.replace(hidden_size=192, head_dim=64, qk_rope_head_dim=32, index_head_dim=128, q_lora_rank=128)
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -29,16 +37,16 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture(scope="module")
 def models(
-    random_model: Callable[[ModelConfig, int], Transformer], dtype: torch.dtype
+    random_model: Callable[[ModelConfig, int], Transformer], dtype: torch.dtype, device: str
 ) -> dict[str, tuple[Transformer, list[int], Tensor]]:
     """Of each cache format: a model, a text, and the logits of the trainer's forward pass, all tokens at once."""
     found = {}
     for name in ("exact", "packed"):
-        model = random_model(TINY, 3).to(dtype)
+        model = random_model(TINY if device == "cpu" else CARD, 3).to(device, dtype)
         model.cache_format = CACHE_FORMATS["served" if name == "packed" else name]
         tokens = random.Random(1).choices(range(TINY.vocab_size), k=TOKENS)
         with batch_invariant(), torch.no_grad():
-            logits_TV = model.logits(model.hidden(model(Segment.of(tokens)).streams_TSD))
+            logits_TV = model.logits(model.hidden(model(Segment.of(tokens, device=device)).streams_TSD))
         model.cache_format = CACHE_FORMATS[name]
         found[name] = model, tokens, logits_TV
     return found
@@ -61,12 +69,13 @@ def test_any_chunks_beside_any_neighbours_give_the_bits_of_one_piece(
     model, tokens, expected_TV = models[cache]
     weight = model.embed.weight
     state = State(
-        TINY,
+        model.config,
         1 + len(neighbours),
         256,
         spare_tokens=spare,
         cache_format=model.cache_format,
         dtype=weight.dtype,
+        device=weight.device,
     )
     borders = [0, *sorted(cuts), TOKENS]
     with batch_invariant(), torch.no_grad():
@@ -76,6 +85,7 @@ def test_any_chunks_beside_any_neighbours_give_the_bits_of_one_piece(
                 *beside,
                 tokens[start:stop],
                 past=[turn * length for length in neighbours] + [start],
+                device=weight.device,
             )
             streams_TSD = model(segment, state).streams_TSD[sum(neighbours) :]
             assert torch.equal(model.logits(model.hidden(streams_TSD)), expected_TV[start:stop])
@@ -86,8 +96,27 @@ def test_decoding_gives_the_bits_of_one_piece(
 ) -> None:
     for cache in ("exact", "packed"):
         model, tokens, expected_TV = models[cache]
-        state = State(TINY, 1, 256, cache_format=model.cache_format, dtype=model.embed.weight.dtype)
+        dtype, device = model.embed.weight.dtype, model.embed.weight.device
+        state = State(model.config, 1, 256, cache_format=model.cache_format, dtype=dtype, device=device)
         with batch_invariant(), torch.no_grad():
             for at, token in enumerate(tokens):
-                streams_TSD = model(Segment.of([token], past=[at]), state).streams_TSD
+                streams_TSD = model(Segment.of([token], past=[at], device=device), state).streams_TSD
                 assert torch.equal(model.logits(model.hidden(streams_TSD))[0], expected_TV[at])
+
+
+def test_a_forward_that_is_differentiated_has_the_same_bits(
+    models: dict[str, tuple[Transformer, list[int], Tensor]],
+) -> None:
+    """And the gradients are those without the mode, up to rounding."""
+    model, tokens, expected_TV = models["exact"]
+    found = []
+    for mode in (batch_invariant, nullcontext):
+        with mode():
+            segment = Segment.of(tokens, device=expected_TV.device)
+            logits_TV = model.logits(model.hidden(model(segment).streams_TSD))
+        assert mode is nullcontext or torch.equal(logits_TV, expected_TV)
+        weights = [model.head.weight, model.layers[1].attn.wq_b.weight, model.layers[2].ffn.gate.weight]
+        found.append(torch.autograd.grad(logits_TV.square().mean(), weights))
+    tolerance = 1e-3 if model.embed.weight.dtype == torch.float32 else 0.1
+    for ours, plain in zip(*found, strict=True):
+        assert (ours - plain).norm() <= tolerance * plain.norm()

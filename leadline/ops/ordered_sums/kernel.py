@@ -34,7 +34,7 @@ BYTES_OF_SUMMANDS = 128  # of a row of a, at a time
 BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["matrices", "X", "a_matrix", "a_row", "w_matrix"])
+@triton.jit(do_not_specialize=["matrices", "X"])
 def ordered_bmm_fwd_kernel(
     a_bXN, w_bNO, y_bXO, matrices, X, a_matrix, a_row, a_column, w_matrix, w_row, w_column,
     N: tl.constexpr, O: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,  # noqa: E741
