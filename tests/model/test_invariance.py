@@ -115,7 +115,8 @@ def test_a_forward_that_is_differentiated_has_the_same_bits(
             segment = Segment.of(tokens, device=expected_TV.device)
             logits_TV = model.logits(model.hidden(model(segment).streams_TSD))
         assert mode is nullcontext or torch.equal(logits_TV, expected_TV)
-        weights = [model.head.weight, model.layers[1].attn.wq_b.weight, model.layers[2].ffn.gate.weight]
+        names = ("head.weight", "layers.1.attn.wq_b.weight", "layers.2.ffn.gate.weight")
+        weights = [model.get_parameter(name) for name in names]
         found.append(torch.autograd.grad(logits_TV.square().mean(), weights))
     tolerance = 1e-3 if model.embed.weight.dtype == torch.float32 else 0.1
     for ours, plain in zip(*found, strict=True):

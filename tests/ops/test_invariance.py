@@ -27,8 +27,10 @@ TOKENS = {"cpu": 18, "cuda": 8200}
 # Sizes around those at which kernels may change their tiles, and rows at other places of a tile.
 SPANS = {
     "cpu": ((0, 3), (7, 8)),
-    "cuda": tuple((0, size) for size in (1, 2, 16, 33, 64, 129, 257, 1025, 4097))
-    + ((77, 78), (8155, 8200), (13, 2070)),
+    "cuda": (
+        *((0, size) for size in (1, 2, 16, 33, 64, 129, 257, 1025, 4097)),
+        *((77, 78), (13, 2070), (8155, 8200)),
+    ),
 }
 
 

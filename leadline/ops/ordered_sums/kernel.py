@@ -3,7 +3,7 @@
 A program of the product makes a tile of 16 rows and walks over all N summands, `DEPTH` at a time and in ascending
 order. Sixteen rows are the fewest that matrix units take, so a single row wastes little, and a hundred rows are seven
 tiles that know nothing of each other. The size of a tile follows from O, N and the dtype, which belong to the weight;
-the number of rows is not known to the compiler, so there is one binary for one row and for thousands. Splitting N
+the number of rows is not known to the compiler, so one row and thousands run the same instructions. Splitting N
 over programs would help a single row, and would need another rule for many: there is none.
 
 Within a tile a row's numbers are the same wherever it stands: matrix units treat their rows alike, and FP32 products
@@ -37,7 +37,7 @@ BLOCK = 1024
 @triton.jit(do_not_specialize=["matrices", "X"])
 def ordered_bmm_fwd_kernel(
     a_bXN, w_bNO, y_bXO, matrices, X, a_matrix, a_row, a_column, w_matrix, w_row, w_column,
-    N: tl.constexpr, O: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,  # noqa: E741
+    N, O, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,  # noqa: E741
 ):  # fmt: skip
     """A tile of y: program = (tile of columns, tile of rows, matrix), the last running fastest. a_ and w_ numbers are
     strides."""
