@@ -328,8 +328,8 @@ class Engine:
 
 
 def _fixed_steps(model: Transformer, state: State, settings: Settings) -> FixedSteps | None:
-    """Captured ones on a card, compiled ones on the CPU if asked for; none in the mode of the same bits, whose attention
-    asks the device how much there is to see."""
+    """Captured ones on a card, compiled ones on the CPU if asked for; none where they are batch-invariant, because
+    attention then asks the device how much there is to see."""
     if settings.batch_invariant:
         return None
     if model.embed.weight.is_cuda:

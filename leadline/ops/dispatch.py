@@ -46,6 +46,8 @@ INVARIANT = frozenset(
         "token_permutation",
         "rms_norm",
         "rope",
+        "unrotate_",
+        "norm_rope",
         "swiglu",
         "gated_pool",
         "hyper_connection",

@@ -104,11 +104,13 @@ def test_decoding_gives_the_bits_of_one_piece(
                 assert torch.equal(model.logits(model.hidden(streams_TSD))[0], expected_TV[at])
 
 
+@pytest.mark.parametrize("cache", ["exact", "packed"])
 def test_a_forward_that_is_differentiated_has_the_same_bits(
-    models: dict[str, tuple[Transformer, list[int], Tensor]],
+    models: dict[str, tuple[Transformer, list[int], Tensor]], cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the gradients are those without the mode, up to rounding."""
-    model, tokens, expected_TV = models["exact"]
+    model, tokens, expected_TV = models[cache]
+    monkeypatch.setattr(model, "cache_format", CACHE_FORMATS["served" if cache == "packed" else cache])
     found = []
     for mode in (batch_invariant, nullcontext):
         with mode():

@@ -16,9 +16,10 @@ from leadline.ops.gated_pool import gated_pool
 from leadline.ops.grouped_linear import grouped_linear
 from leadline.ops.hyper_connection import mix_head, mix_in, mix_out
 from leadline.ops.invariance import batch_invariant, is_batch_invariant, row_sums, rows_times
+from leadline.ops.norm_rope import norm_rope
 from leadline.ops.quantized_linear import Format, quantize, quantized_grouped_linear, quantized_linear
 from leadline.ops.rms_norm import rms_norm
-from leadline.ops.rope import rope, rotations
+from leadline.ops.rope import rope, rotations, unrotate_
 from leadline.ops.swiglu import swiglu
 from leadline.ops.token_permutation import combine, dispatch, expert_order
 
@@ -104,6 +105,23 @@ def pointwise(inputs: Inputs) -> Op:
     return lambda rows: (swiglu(gate[rows], up[rows], 3.0, scale[rows]), rope(x[rows], cos[rows], sin[rows]))
 
 
+def cached_vectors(inputs: Inputs) -> Op:
+    x, weight = inputs.randn(inputs.num_rows, 2, 128), inputs.randn(128)
+    positions = torch.arange(inputs.num_rows, device=inputs.device)
+    cos, sin = rotations(positions, torch.linspace(0.01, 1, 16, device=inputs.device))
+
+    def run(rows: slice) -> tuple[Tensor, ...]:
+        angles = cos[rows], sin[rows]
+        return (
+            norm_rope(x[rows], *angles, weight=weight, eps=1e-6, rounding="fp8"),
+            norm_rope(x[rows], *angles, eps=1e-6),
+            norm_rope(x[rows], *angles, rounding="fp4"),
+            unrotate_(x[rows].clone(), *angles),
+        )
+
+    return run
+
+
 def pooling(inputs: Inputs) -> Op:
     values, scores = inputs.wide(inputs.num_rows + 7, 36), inputs.wide(inputs.num_rows + 7, 36)
     rows_CG = torch.arange(inputs.num_rows, device=inputs.device)[:, None] + torch.arange(8, device=inputs.device)
@@ -150,6 +168,7 @@ def quantized(inputs: Inputs, format: Format, width: int) -> Op:
 CASES: dict[str, Callable[[Inputs], Op]] = {
     "norms": norms,
     "pointwise": pointwise,
+    "cached vectors": cached_vectors,
     "pooling": pooling,
     "streams": streams,
     "experts": experts,
