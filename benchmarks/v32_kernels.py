@@ -20,9 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from leadline.formats import fp8
-from leadline.ops.cache_rows.kernel import begin, e4m3_to_float, multiprocessors, starts_early
+from leadline.ops.cache_rows.kernel import e4m3_to_float, multiprocessors
 from leadline.ops.decode_attention.kernel import decode_attention_combine_kernel
 from leadline.ops.decode_indexer.kernel import LOWEST, decode_candidates_kernel, decode_select_kernel, ordered
+from leadline.ops.early_start import begin, starts_early
 
 LOG2_E = math.log2(math.e)
 TILE, GROUP = 128, 16  # keys

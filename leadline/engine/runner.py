@@ -40,7 +40,7 @@ class Runner:
         if step and self.steps is not None:
             tokens, past, slots = zip(*((piece.tokens, piece.past, piece.slot) for piece in pieces), strict=True)
             output, logits_TV = self.steps.run(tokens, past, slots)
-            return output, logits_TV[self._rows(_wanted_rows(pieces))]
+            return output, self._selected(logits_TV, _wanted_rows(pieces))
         segment = Segment.of(
             *(piece.tokens for piece in pieces),
             past=[piece.past for piece in pieces],
@@ -74,6 +74,10 @@ class Runner:
             device=self.device,
         )
         return self.model.draft(segment, self.state)
+
+    def _selected(self, x_TX: Tensor, rows: ListOf[int]) -> Tensor:
+        # The first rows are a view; a list of rows would have to be copied to the card, behind all that runs there.
+        return x_TX[: len(rows)] if list(rows) == list(range(len(rows))) else x_TX[self._rows(rows)]
 
     def _rows(self, rows: ListOf[int]) -> Tensor:
         return torch.tensor(rows, dtype=torch.int64).to(self.device)

@@ -57,8 +57,12 @@ def decode(codes: Tensor) -> Tensor:
 
 @cache
 def _table(device: torch.device) -> Tensor:
-    # Made once a device: a copy from the host would make it wait.
-    return torch.tensor([*MAGNITUDES, *(-magnitude for magnitude in MAGNITUDES)], device=device)
+    # Worked out on the device: a copy from the host would make it wait.
+    code = torch.arange(16, device=device)
+    magnitude = code & 7
+    quarters = torch.where(magnitude < 2, 2 * magnitude, (2 + (magnitude & 1)) << (magnitude >> 1))
+    value = quarters.float() / 4
+    return torch.where(code < 8, value, -value)
 
 
 def pack(codes: Tensor) -> Tensor:

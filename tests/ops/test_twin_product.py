@@ -19,7 +19,7 @@ def check(tokens: int, columns: int, width: int, dtype: torch.dtype, device: str
         assert ours.dtype == torch.float32
         assert torch.equal(ours, twice)
         wanted = x.double() @ weight.double().T
-        assert float((ours - wanted).norm()) <= 1e-6 * float(wanted.norm())
+        assert float((ours - wanted).norm()) <= 2e-6 * float(wanted.norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -29,15 +29,6 @@ VALUES_PER_TILE = 2048
 
 
 @triton.jit
-def begin(EARLY: tl.constexpr):
-    """The first line of a kernel that was started early (`starts_early`): waits until the kernel before it is done and
-    what it wrote can be read, and lets the next one start."""
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
 def load_rows(
     vectors, rotary, scales, rows_R, real_R,
     K: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, AT: tl.constexpr,
@@ -138,12 +129,6 @@ def write_rows_fwd_kernel(
         blocks: tl.constexpr = (K - R + 63) // 64
         for group in tl.static_range(blocks, groups):
             tl.store(scales + row_R * groups + group, tl.zeros((ROWS,), tl.uint8), mask=row_R >= 0)
-
-
-def starts_early(device: torch.device) -> bool:
-    """Whether the kernels of decoding start while the one before is still running, which hides the time that a start
-    takes; they wait before they read. GPUs can from Hopper on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def multiprocessors(device: torch.device) -> int:

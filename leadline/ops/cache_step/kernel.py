@@ -24,7 +24,8 @@ from torch import Tensor
 from leadline.formats import fp4, fp8
 from leadline.formats.cache_entry import KEY_BLOCK, SCALES_ALIGNMENT
 from leadline.ops.cache_rows.format_kernel import e2m1_codes, e4m3_codes, e8m0_inverse, largest_magnitude, scale_codes
-from leadline.ops.cache_rows.kernel import begin, rotary_view, starts_early
+from leadline.ops.cache_rows.kernel import rotary_view
+from leadline.ops.early_start import begin, starts_early
 from leadline.ops.norm_rope.kernel import VALUES_PER_WARP, hadamard_rows, rotate_rows, round_index_rows, round_key_rows
 from leadline.ops.opaque import opaque
 from leadline.ops.rms_norm.kernel import load_weight, norm_rows

@@ -32,7 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leadline.ops.cache_rows.kernel import begin, chunk_of, load_rows, multiprocessors, rotary_view, starts_early
+from leadline.ops.cache_rows.kernel import chunk_of, load_rows, multiprocessors, rotary_view
+from leadline.ops.early_start import begin, starts_early
 from leadline.ops.opaque import opaque
 
 LOG2_E = math.log2(math.e)

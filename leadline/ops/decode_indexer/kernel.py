@@ -27,8 +27,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leadline.ops.cache_rows.kernel import begin, load_index_rows, multiprocessors, starts_early
+from leadline.ops.cache_rows.kernel import load_index_rows, multiprocessors
 from leadline.ops.decode_indexer.reference import PAGE_KEYS
+from leadline.ops.early_start import begin, starts_early
 from leadline.ops.opaque import opaque
 
 TILE = 64  # keys

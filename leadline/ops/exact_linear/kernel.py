@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leadline.ops.early_start import begin, starts_early
 from leadline.ops.opaque import opaque
 
 FEW_ROWS = 4  # of x, above which reading them again for all rows of the weight takes longer than the matrix units
@@ -25,7 +26,8 @@ LARGEST_WEIGHT = 2**25  # values; a vocabulary's worth of rows is long enough fo
 
 @triton.jit(do_not_specialize=["T"])
 def exact_linear_fwd_kernel(
-    x_ptr, weight_ptr, y_ptr, T, O, N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_N: tl.constexpr  # noqa: E741
+    x_ptr, weight_ptr, y_ptr, T, O, N: tl.constexpr,  # noqa: E741
+    BLOCK_O: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """y[:, BLOCK_O of its columns] = x times as many rows of the weight."""
     rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -33,6 +35,7 @@ def exact_linear_fwd_kernel(
     inside = (rows < O)[:, None] & (columns < N)[None, :]
     weight = tl.load(weight_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :], mask=inside, other=0.0)
     weight = weight.to(tl.float32)
+    begin(EARLY)
     for t in range(T):
         x = tl.load(x_ptr + t * N + columns, mask=columns < N, other=0.0).to(tl.float32)
         tl.store(y_ptr + t * O + rows, tl.sum(weight * x[None, :], axis=1), mask=rows < O)
@@ -48,8 +51,9 @@ def few_rows(x_TN: Tensor, weight_ON: Tensor) -> Tensor:
     """y_TO for contiguous inputs."""
     (num_rows, width), outputs = x_TN.shape, weight_ON.shape[0]
     y_TO = torch.empty(num_rows, outputs, device=x_TN.device)
-    block = triton.next_power_of_2(width)
+    block, early = triton.next_power_of_2(width), starts_early(x_TN.device)
     exact_linear_fwd_kernel[(triton.cdiv(outputs, ROWS),)](
-        x_TN, weight_ON, y_TO, num_rows, outputs, width, ROWS, block, num_warps=max(1, min(8, block // 128))
-    )
+        x_TN, weight_ON, y_TO, num_rows, outputs, width, ROWS, block, early,
+        launch_pdl=early, num_warps=max(1, min(8, block // 128)),
+    )  # fmt: skip
     return y_TO

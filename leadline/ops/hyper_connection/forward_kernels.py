@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from leadline.ops.early_start import begin
+
 # -- exact products ------------------------------------------------------------------------------------------------
 
 
@@ -79,6 +81,7 @@ def hyper_connection_projection_step_kernel(
     SLICE: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """What hyper_connection_projection_fwd_kernel leaves of one slice, for TOKENS tokens one after the other. A slice
     of fn stays in registers."""
@@ -86,6 +89,7 @@ def hyper_connection_projection_step_kernel(
     columns = tl.program_id(0) * SLICE + tl.arange(0, SLICE)
     inside = (rows < ROWS)[:, None] & (columns < WIDTH)[None, :]
     fn = tl.load(fn_ptr + rows[:, None] * WIDTH + columns[None, :], mask=inside, other=0.0)
+    begin(EARLY)  # fn is on its way
     first = tl.program_id(1) * TOKENS
     for token in range(first, min(first + TOKENS, T)):
         x = tl.load(x_ptr + tl.cast(token, tl.int64) * WIDTH + columns, mask=columns < WIDTH, other=0.0)
@@ -418,10 +422,12 @@ def hyper_connection_in_step_kernel(
     GROUP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """hyper_connection_in_fwd_kernel with a row of programs for each token: the last makes the coefficients, the others
     y. norm: the weight of an RMS norm that follows; a program then has a whole y, which is rounded before as if it had
     been stored."""
+    begin(EARLY)
     token = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) < tl.num_programs(1) - 1:
         columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

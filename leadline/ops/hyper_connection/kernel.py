@@ -45,6 +45,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from leadline.ops.early_start import starts_early
 from leadline.ops.hyper_connection.backward_kernels import (
     hyper_connection_coefficients_bwd_kernel,
     hyper_connection_dpre_bwd_kernel,
@@ -130,9 +131,11 @@ def _project(x_TSD: Tensor, fn: Tensor) -> tuple[Tensor, int]:
     parts = triton.cdiv(width, SLICE * together)
     partial = torch.empty(parts, num_tokens, block_rows, device=x_TSD.device)
     if together == 1 and num_tokens <= TOKENS_OF_A_STEP and not is_batch_invariant():
+        early = starts_early(x_TSD.device)
         hyper_connection_projection_step_kernel[(parts, triton.cdiv(num_tokens, TOKENS_PER_SLICE))](
-            x_TSD, fn, partial, num_tokens, width, len(fn), SLICE, TOKENS_PER_SLICE, block_rows, num_warps=8
-        )
+            x_TSD, fn, partial, num_tokens, width, len(fn), SLICE, TOKENS_PER_SLICE, block_rows, early,
+            launch_pdl=early, num_warps=8,
+        )  # fmt: skip
         return partial, SLICES_TOGETHER
     hyper_connection_projection_fwd_kernel[(parts, triton.cdiv(num_tokens, PROJECTION.tokens))](
         x_TSD, fn, partial, num_tokens, width, len(fn), SLICE, together, PROJECTION.tokens, block_rows,
@@ -163,11 +166,11 @@ def _collapse(
     results = y_TD, post_TS, comb_TSS, mixes, inverse_rms_T
     shape = num_streams, width, rows, partial.shape[0], group, partial.shape[2]
     if num_tokens <= FEW_TOKENS:
-        weight, norm_eps = norm or (None, 0.0)
+        (weight, norm_eps), early = norm or (None, 0.0), starts_early(x_TSD.device)
         block = triton.next_power_of_2(width) if norm else _block_of_columns(width, BLOCK_D)
         hyper_connection_in_step_kernel[(num_tokens, triton.cdiv(width, block) + 1)](
             x_TSD, partial, base, scale, weight, *results, num_tokens, eps, rms_eps, norm_eps, rounds, *shape, block,
-            num_warps=4 if norm is None else norm_warps(width),
+            early, launch_pdl=early, num_warps=4 if norm is None else norm_warps(width),
         )  # fmt: skip
         return results
     block = _block_of_columns(width, COLLAPSE.columns if num_tokens >= MANY_TOKENS else BLOCK_D)

@@ -38,7 +38,7 @@ from leadline.ops.cache_rows.format_kernel import (
     round_to_e4m3,
     scale_codes,
 )
-from leadline.ops.cache_rows.kernel import begin, starts_early
+from leadline.ops.early_start import begin, starts_early
 from leadline.ops.opaque import opaque
 from leadline.ops.rms_norm.kernel import PARTIAL_SUMS, load_weight, norm_rows, norm_rows_gradient
 from leadline.ops.rope.kernel import turn_pairs

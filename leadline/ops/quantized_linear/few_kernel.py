@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leadline.ops.early_start import begin, starts_early
 from leadline.ops.quantized_linear.round_kernel import Weight
 
 MOST_TOKENS = 4
@@ -85,7 +86,7 @@ def _block_scales(w_scale, block, slab, SLABS_OF_ROW: tl.constexpr):
 @triton.jit
 def quantized_linear_few_kernel(
     x, w, w_scale, y, O: tl.constexpr, N: tl.constexpr,  # noqa: E741
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """y [T, O] = x W^T for token `program 0` and rows ROWS `program 1` .. of the weight, whose words hold the codes of
     four neighbouring columns."""
@@ -95,9 +96,13 @@ def quantized_linear_few_kernel(
     block = tl.program_id(1) * ROWS // 128
     word = tl.arange(0, COLUMNS // 4)
     sums = tl.zeros((ROWS, COLUMNS // 4), tl.float32)
-    for start in range(0, N, COLUMNS):
-        here = (o < O)[:, None] & (start + word * 4 < N)[None, :]
-        words = tl.load(w + o.to(tl.int64)[:, None] * (N // 4) + (start // 4 + word)[None, :], mask=here, other=0)
+    w += o.to(tl.int64)[:, None] * (N // 4) + word[None, :]
+    first = tl.load(w, mask=(o < O)[:, None] & (word * 4 < N)[None, :], other=0)
+    begin(EARLY)  # the weight is on its way while the kernel before it still writes the activations
+    for start in tl.static_range(0, N, COLUMNS):
+        words = first
+        if start > 0:
+            words = tl.load(w + start // 4, mask=(o < O)[:, None] & (start + word * 4 < N)[None, :], other=0)
         n = start + (word * 4)[:, None] + tl.arange(0, 4)[None, :]
         a = tl.load(x + token * N + n, mask=n < N, other=0.0).to(tl.float32)
         a = _rounded(a, COLUMNS // 128, HALF)
@@ -138,8 +143,8 @@ def shape_of(width: int) -> Shape:
 
 def multiply(x_TN: Tensor, weight: Weight, y_TO: Tensor) -> None:
     """y = x W^T."""
-    (tokens, rows), shape = y_TO.shape, shape_of(x_TN.shape[1])
+    (tokens, rows), shape, early = y_TO.shape, shape_of(x_TN.shape[1]), starts_early(y_TO.device)
     quantized_linear_few_kernel[(tokens, triton.cdiv(rows, shape.rows))](
         x_TN, weight.codes.view(torch.int32), weight.block_scale, y_TO, rows, x_TN.shape[1],
-        shape.rows, shape.columns, _HALF, num_warps=shape.warps,
+        shape.rows, shape.columns, _HALF, EARLY=early, launch_pdl=early, num_warps=shape.warps,
     )  # fmt: skip

@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from leadline.ops.early_start import begin, starts_early
 from leadline.ops.opaque import opaque
 from leadline.ops.route.reference import SOFTPLUS_FLOOR, SUM_FLOOR
 
@@ -80,10 +81,11 @@ def _write_order(
 def route_fwd_kernel(
     logits_ptr, bias_ptr, given_ptr, experts_ptr, weights_ptr, scores_ptr, pair_ptr, row_ptr, counts_ptr, T,
     route_scale, SOFTPLUS_FLOOR: tl.constexpr, SUM_FLOOR: tl.constexpr, A: tl.constexpr, E: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_T tokens. given: the experts of the tokens, None when they are picked with the help of the bias. pair, row,
     counts: the order, None when this is not the only program."""
+    begin(EARLY)
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tl.arange(0, BLOCK_E)
     a = tl.arange(0, BLOCK_A)
@@ -185,12 +187,12 @@ def forward(
     """[experts_TA, weights_TA, scores_TE] for contiguous inputs and, for the few tokens of a step, the fields of their
     `ExpertOrder`."""
     results, (num_tokens, num_experts) = _results(logits_TE, bias_E, given_TA, choices, route_scale), logits_TE.shape
-    block_tokens = _tile(num_tokens)
+    block_tokens, early = _tile(num_tokens), starts_early(logits_TE.device)
     order = results[3:] or [None] * 3
     route_fwd_kernel[(max(1, triton.cdiv(num_tokens, block_tokens)),)](
         logits_TE, bias_E, given_TA, *results[:3], *order, num_tokens, route_scale, SOFTPLUS_FLOOR, SUM_FLOOR, choices,
-        num_experts, block_tokens, triton.next_power_of_2(choices), triton.next_power_of_2(num_experts),
-        num_warps=min(block_tokens, 4),
+        num_experts, block_tokens, triton.next_power_of_2(choices), triton.next_power_of_2(num_experts), early,
+        launch_pdl=early, num_warps=min(block_tokens, 4),
     )  # fmt: skip
     return results
 

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from leadline.ops.early_start import begin, starts_early
 from leadline.ops.opaque import opaque
 
 VALUES_PER_TILE = 1024
@@ -54,7 +55,9 @@ def swiglu_fwd_kernel(
     F: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     offsets = rows[:, None] * F + columns[None, :]
@@ -125,9 +128,11 @@ def forward(gate: Tensor, up: Tensor, scale: Tensor | None, place_X: Tensor | No
     hidden, (num_rows, width) = torch.empty_like(gate), gate.shape
     block_rows, block_columns = _tile(width)
     grid = (triton.cdiv(num_rows, block_rows), triton.cdiv(width, block_columns))
+    early = starts_early(gate.device)
     swiglu_fwd_kernel[grid](
-        gate, up, scale, place_X, hidden, num_rows, limit, width, block_rows, block_columns, num_warps=4
-    )
+        gate, up, scale, place_X, hidden, num_rows, limit, width, block_rows, block_columns, early,
+        launch_pdl=early, num_warps=4,
+    )  # fmt: skip
     return hidden
 
 

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from leadline.ops.early_start import begin, starts_early
 from leadline.ops.opaque import opaque
 
 PAIRS_ALONE = 512
@@ -136,7 +137,9 @@ def dispatch_fwd_kernel(
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (tokens < num_tokens)[:, None] & (columns < D)[None, :]
@@ -157,7 +160,9 @@ def combine_fwd_kernel(
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (tokens < num_tokens)[:, None] & (columns < D)[None, :]
@@ -183,10 +188,11 @@ def dispatch(x_TD: Tensor, row_TA: Tensor) -> Tensor:
     """[X, D] for contiguous inputs."""
     num_tokens, width = x_TD.shape
     y_XD = x_TD.new_empty(row_TA.numel(), width)
-    block_tokens, block_columns, warps = _tile(num_tokens, width)
+    (block_tokens, block_columns, warps), early = _tile(num_tokens, width), starts_early(x_TD.device)
     dispatch_fwd_kernel[(triton.cdiv(num_tokens, block_tokens), triton.cdiv(width, block_columns))](
-        x_TD, row_TA, y_XD, num_tokens, row_TA.shape[1], width, block_tokens, block_columns, num_warps=warps
-    )
+        x_TD, row_TA, y_XD, num_tokens, row_TA.shape[1], width, block_tokens, block_columns, early,
+        launch_pdl=early, num_warps=warps,
+    )  # fmt: skip
     return y_XD
 
 
@@ -195,10 +201,11 @@ def combine(y_XD: Tensor, row_TA: Tensor, plus_TD: Tensor | None, dtype: torch.d
     """[T, D] in a dtype, summed in FP32, for contiguous inputs."""
     (num_tokens, choices), width = row_TA.shape, y_XD.shape[1]
     out_TD = y_XD.new_empty(num_tokens, width, dtype=dtype)
-    block_tokens, block_columns, warps = _tile(num_tokens, width)
+    (block_tokens, block_columns, warps), early = _tile(num_tokens, width), starts_early(y_XD.device)
     combine_fwd_kernel[(triton.cdiv(num_tokens, block_tokens), triton.cdiv(width, block_columns))](
-        y_XD, row_TA, plus_TD, out_TD, num_tokens, choices, width, block_tokens, block_columns, num_warps=warps
-    )
+        y_XD, row_TA, plus_TD, out_TD, num_tokens, choices, width, block_tokens, block_columns, early,
+        launch_pdl=early, num_warps=warps,
+    )  # fmt: skip
     return out_TD
 
 

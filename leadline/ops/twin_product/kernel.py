@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leadline.ops.cache_rows.kernel import begin, starts_early
+from leadline.ops.early_start import begin, starts_early
 from leadline.ops.opaque import opaque
 
 COLUMNS = 16
@@ -61,9 +61,19 @@ def twin_product_kernel(x_TN: Tensor, first_ON: Tensor, second_ON: Tensor) -> tu
     first_TO, second_TO = _both(x_TN, first_ON, second_ON)
     (tokens, columns), early = first_TO.shape, starts_early(x_TN.device)
     rows = max(16, triton.next_power_of_2(tokens))
+    block, stages = _buffers(rows, x_TN.element_size(), x_TN.device)
     twin_product_fwd_kernel[(2 * columns // COLUMNS,)](
         x_TN.contiguous(), first_ON.contiguous(), second_ON.contiguous(), first_TO, second_TO, tokens, columns,
-        N=x_TN.shape[1], ROWS=rows, COLUMNS=COLUMNS, PARTS=PARTS, BLOCK=128 if rows < 64 else 64,
-        EARLY=early, launch_pdl=early, num_warps=PARTS, num_stages=4 if rows == 16 else 3,
+        N=x_TN.shape[1], ROWS=rows, COLUMNS=COLUMNS, PARTS=PARTS, BLOCK=block,
+        EARLY=early, launch_pdl=early, num_warps=PARTS, num_stages=stages,
     )  # fmt: skip
     return first_TO, second_TO
+
+
+def _buffers(rows: int, value_bytes: int, device: torch.device) -> tuple[int, int]:
+    """Values of a chain at once, and how many such blocks are on their way: as many as the shared memory holds."""
+    block = (128 if rows < 64 else 64) * 2 // value_bytes
+    if device.type != "cuda":
+        return block, 2
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return block, min(4 if rows == 16 else 3, shared // (PARTS * (COLUMNS + rows) * block * value_bytes))
