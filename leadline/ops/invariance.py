@@ -36,7 +36,6 @@ __all__ = [
     "batch_invariant",
     "check_batch_invariance",
     "is_batch_invariant",
-    "row_sums",
     "rows_times",
     "rowwise",
 ]
@@ -60,11 +59,6 @@ def rows_times(x_TN: Tensor, weight_ON: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(x_TN, (0, 0, 0, -num_rows % ROWS)).contiguous().unflatten(0, (-1, ROWS))
     # bmm, not matmul: that would fold the blocks into one product of a shape that varies.
     return torch.bmm(padded, weight_ON.T.expand(len(padded), -1, -1)).flatten(0, 1)[:num_rows]
-
-
-def row_sums(x: Tensor) -> Tensor:
-    """The sum over the last axis; in an order that rows do not choose, where they must not depend on each other."""
-    return ordered_sum(x) if is_batch_invariant() else x.sum(-1)
 
 
 def rowwise(function: Callable[..., Any], *tensors: Tensor) -> Any:

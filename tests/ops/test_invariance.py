@@ -5,21 +5,28 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import leadline
+from leadline.model.config import TINY
+from leadline.model.segment import Segment
+from leadline.model.state import State
+from leadline.model.transformer import Transformer
 from leadline.ops.dispatch import INVARIANT, implementation, use_kernel
 from leadline.ops.gated_pool import gated_pool
 from leadline.ops.grouped_linear import grouped_linear
-from leadline.ops.hyper_connection import mix_head, mix_in, mix_out
-from leadline.ops.invariance import batch_invariant, is_batch_invariant, row_sums, rows_times
+from leadline.ops.hyper_connection import mix_head, mix_in, mix_in_norm, mix_out
+from leadline.ops.invariance import batch_invariant, is_batch_invariant, rows_times
 from leadline.ops.norm_rope import norm_rope
 from leadline.ops.quantized_linear import Format, quantize, quantized_grouped_linear, quantized_linear
 from leadline.ops.rms_norm import rms_norm
 from leadline.ops.rope import rope, rotations, unrotate_
+from leadline.ops.route import route
 from leadline.ops.swiglu import swiglu
 from leadline.ops.token_permutation import combine, dispatch, expert_order
 
@@ -42,7 +49,6 @@ def test_a_row_of_a_product_has_the_same_bits_among_any_number(dtype: torch.dtyp
         whole = rows_times(x_TN, weight_ON)
         for start, stop in ((0, 1), (0, 3), (5, 6), (15, 17), (1, 70), (33, 66)):
             assert torch.equal(rows_times(x_TN[start:stop], weight_ON), whole[start:stop])
-            assert torch.equal(row_sums(x_TN[start:stop]), row_sums(x_TN)[start:stop])
         assert rows_times(x_TN[:0], weight_ON).shape == (0, 40)
     torch.testing.assert_close(whole, x_TN @ weight_ON.T)
 
@@ -131,23 +137,27 @@ def pooling(inputs: Inputs) -> Op:
 def streams(inputs: Inputs) -> Op:
     x_TSD, out_TD = inputs.randn(inputs.num_rows, 4, 272), inputs.randn(inputs.num_rows, 272)
     fn, base, scale = inputs.wide(24, 4 * 272) * 0.03, inputs.wide(24), inputs.wide(3)
+    weight = inputs.randn(272)
 
     def run(rows: slice) -> tuple[Tensor, ...]:
         _, y_TD, post_TS, comb_TSS = mix_in(x_TSD[rows], fn, base, scale, 20, 1e-6, 1e-6)
         mixed_TSD = mix_out(x_TSD[rows], out_TD[rows], post_TS, comb_TSS)
-        return y_TD, post_TS, comb_TSS, mixed_TSD, mix_head(mixed_TSD, fn[:4], base[:4], scale[:1], 1e-6, 1e-6)
+        head_TD = mix_head(mixed_TSD, fn[:4], base[:4], scale[:1], 1e-6, 1e-6)
+        normed = mix_in_norm(x_TSD[rows], fn, base, scale, weight, 20, 1e-6, 1e-6, 1e-6)
+        return y_TD, post_TS, comb_TSS, mixed_TSD, head_TD, *normed[1:]
 
     return run
 
 
 def experts(inputs: Inputs) -> Op:
-    """Floating experts: the tiles of `grouped_linear` between dispatch and combine."""
+    """Floating experts: their choice, and the tiles of `grouped_linear` between dispatch and combine."""
     x_TD, weight_EFD = inputs.randn(inputs.num_rows, 96), inputs.randn(5, 72, 96)
-    experts_TA = torch.randint(0, 5, (inputs.num_rows, 3), device=inputs.device)
+    logits_TE, bias_E = inputs.wide(inputs.num_rows, 5), inputs.wide(5)
 
     def run(rows: slice) -> tuple[Tensor, ...]:
-        order_X, counts_E = expert_order(experts_TA[rows], 5)
-        return (combine(grouped_linear(dispatch(x_TD[rows], order_X, 3), weight_EFD, counts_E), order_X, 3),)
+        chosen = route(logits_TE[rows], bias_E, None, 3, 1.5)
+        y_XF = grouped_linear(dispatch(x_TD[rows], chosen.order), weight_EFD, chosen.order.counts_E)
+        return chosen.experts_TA, chosen.weights_TA, chosen.scores_TE, combine(y_XF, chosen.order)
 
     return run
 
@@ -158,9 +168,9 @@ def quantized(inputs: Inputs, format: Format, width: int) -> Op:
     experts_TA = torch.randint(0, 4, (inputs.num_rows, 2), device=inputs.device)
 
     def run(rows: slice) -> tuple[Tensor, ...]:
-        order_X, counts_E = expert_order(experts_TA[rows], 4)
-        (y_XO,) = quantized_grouped_linear(dispatch(x_TN[rows], order_X, 2), [stack], counts_E)
-        return quantized_linear(x_TN[rows], weight), combine(y_XO, order_X, 2)
+        order = expert_order(experts_TA[rows], 4)
+        (y_XO,) = quantized_grouped_linear(dispatch(x_TN[rows], order), [stack], order.counts_E)
+        return quantized_linear(x_TN[rows], weight), combine(y_XO, order)
 
     return run
 
@@ -202,3 +212,36 @@ def test_kernels_of_the_list_treat_every_row_alike(case: str, device: str) -> No
         for span in SPANS[device]:
             for part, found in zip(whole, run(slice(*span)), strict=True):
                 assert torch.equal(found, part[slice(*span)]), span
+
+
+class Called(TorchDispatchMode):
+    """Context manager: the names of torch's operations that ran inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.interpret
+@pytest.mark.usefixtures("loops_to_scalars")
+def test_where_kernels_run_torch_itself_adds_nothing_up() -> None:
+    """In a chunk, in a step, and without a state: what torch does on a GPU in between copies, compares, or computes
+    number by number."""
+    config = TINY.replace(num_hidden_layers=2, compress_ratios=(4, 128, 0), index_topk=1)
+    model = Transformer(config, with_mtp=False)
+    for tensor in model.state_dict().values():
+        tensor.normal_(0, 0.2) if tensor.is_floating_point() else tensor.random_(0, config.n_routed_experts)
+    state = State(config, 1, 128)
+    with batch_invariant(), implementation("kernel"), torch.no_grad(), Called() as called:
+        for segment, memory in (
+            (Segment.of(range(11)), state),
+            (Segment.of([11], past=[11]), state),
+            (Segment.of(range(12)), None),
+        ):
+            assert model.logits(model.hidden(model(segment, memory).streams_TSD)).isfinite().all()
+    assert {"exp_", "masked_fill_", "amax"} <= called.names
+    assert not [name for name in called.names if re.search("mm|dot|sum|mean|norm|softmax|conv|prod|var|std", name)]

@@ -165,7 +165,7 @@ def _collapse(
     mixes, inverse_rms_T = torch.empty(num_tokens, rows, device=device), torch.empty(num_tokens, device=device)
     results = y_TD, post_TS, comb_TSS, mixes, inverse_rms_T
     shape = num_streams, width, rows, partial.shape[0], group, partial.shape[2]
-    if num_tokens <= FEW_TOKENS:
+    if num_tokens <= FEW_TOKENS and not is_batch_invariant():
         (weight, norm_eps), early = norm or (None, 0.0), starts_early(x_TSD.device)
         block = triton.next_power_of_2(width) if norm else _block_of_columns(width, BLOCK_D)
         hyper_connection_in_step_kernel[(num_tokens, triton.cdiv(width, block) + 1)](
@@ -186,7 +186,7 @@ def _collapse(
 def takes_norm(x_TSD: Tensor) -> bool:
     """Whether the collapse also does the norm behind it: few tokens, of which a program may have a whole row without so
     many warps that the coefficients, which each of them computes, take longer."""
-    return 0 < len(x_TSD) <= FEW_TOKENS and norm_warps(x_TSD.shape[2]) <= 8
+    return 0 < len(x_TSD) <= FEW_TOKENS and norm_warps(x_TSD.shape[2]) <= 8 and not is_batch_invariant()
 
 
 def _empty_coefficients(x_TSD: Tensor, fn: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -14,7 +14,8 @@ COLUMNS = 16  # of which the weights have a multiple
 
 
 def suits(x_TN: Tensor, weight_ON: Tensor) -> bool:
-    """Whether one launch is better than two: few bfloat16 rows on a GPU, and no gradient to be recorded."""
+    """Whether one launch is better than two: few bfloat16 rows on a GPU, no gradient to be recorded, and no rows that
+    must have the bits of the same among many."""
     recorded = torch.is_grad_enabled() and (x_TN.requires_grad or weight_ON.requires_grad)
     narrow = x_TN.dtype == weight_ON.dtype == torch.bfloat16 and weight_ON.shape[0] % COLUMNS == 0
     return x_TN.is_cuda and narrow and len(x_TN) <= MOST_ROWS and not recorded and not is_batch_invariant()
