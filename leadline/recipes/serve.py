@@ -129,7 +129,9 @@ def main(arguments: list[str]) -> int:
     console = Console(stderr=True)
     if not keys.needed and not is_loopback(options.host):
         console.print(
-            f"warning: {options.host} is open to the network and there are no API keys; set api_key_file=FILE"
+            f"warning: {options.host} is open to the network and there are no API keys; set api_key_file=FILE",
+            highlight=False,
+            soft_wrap=True,
         )
     hosts = [options.host, "localhost"] if is_loopback(options.host) else []
     if options.replicas > 1 or options.cluster:
@@ -218,7 +220,7 @@ def _listen(
 
 def build(folder: Path, options: Options, keys: Keys) -> Service:
     """Load a checkpoint and put an engine around it."""
-    tokenizer = Tokenizer.load(folder)
+    kept, tokenizer = kept_of(folder, options), Tokenizer.load(folder)
     model = load_model(
         folder, device=options.device, dtype=options.dtype, cache=options.cache, with_mtp=options.speculate
     )
@@ -241,7 +243,7 @@ def build(folder: Path, options: Options, keys: Keys) -> Service:
         others=f"speculate={options.speculate} batch_invariant={options.batch_invariant}",
         report=logging.getLogger("leadline.serve").warning,
     )
-    return Service(engine_of(model, options, disk), tokenizer, policy, keys, kept_of(folder, options))
+    return Service(engine_of(model, options, disk), tokenizer, policy, keys, kept)
 
 
 def kept_of(folder: Path, options: Options) -> Kept | None:

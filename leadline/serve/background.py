@@ -34,7 +34,7 @@ class Background:
             return
         found, self._service.kept.unfinished = self._service.kept.unfinished, []
         if found:
-            _LOG.info("going on with %d answers of the server before", len(found))
+            _LOG.info("answers of the server before this one that go on: %d", len(found))
         for answer in found:
             self._start(answer.id, self._take_up(answer))
 

@@ -40,6 +40,7 @@ _NEUTRAL: Mapping[str, Any] = {
 def response_of(frame: Mapping[str, Any], model: str, status: Status, error: str | None = None) -> dict[str, Any]:
     """The object without an answer. error: why there will be none."""
     return {
+        "id": frame["id"],
         **_NEUTRAL,
         "model": model,
         **frame,
