@@ -86,7 +86,7 @@ def test_an_answer_streams_and_its_numbers_are_shown(stage: Stage) -> None:
 def test_tokens_that_come_several_in_a_step_are_all_counted(stage: Stage) -> None:
     page, engine = stage.page, stage.engine
     engine.stride = 5
-    turn = engine.say("Let me see. " * 3, THINK_END, "One, two, three. " * 4, HOLD, "And the rest. " * 4)
+    turn = engine.say("Let me see.", THINK_END, "One, two, three.", HOLD, " And the rest." * 12)
     thinking = turn.ids.index(engine.think_end) + 1
     asked = time.monotonic()
     stage.ask("Why?")
