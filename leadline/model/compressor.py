@@ -41,8 +41,8 @@ class PlaceRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_TE: Tensor) -> tuple[Tensor, None]:
-        (place_T,) = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dy_TE,), (place_T,) = gradients, ctx.saved_tensors
         is_at_RT = torch.arange(ctx.rows, device=place_T.device)[:, None] == place_T
         return is_at_RT.to(dy_TE.dtype) @ dy_TE, None
 

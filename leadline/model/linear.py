@@ -108,7 +108,8 @@ class GroupedProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_TOL: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dy_TOL,) = gradients
         x_TOX, weight_OLX = ctx.saved_tensors
         dy_OTL, dx_TOX, dweight_OLX = dy_TOL.transpose(0, 1), None, None
         if ctx.needs_input_grad[0]:

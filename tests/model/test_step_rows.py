@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from leadline.model.block_rows import BlockRows
 from leadline.model.page_table import PageTable, num_pages
 from leadline.model.rows import Layout, ring_length
 from leadline.model.segment import Segment
@@ -114,7 +115,7 @@ def test_a_draft_block_may_end_behind_the_last_page() -> None:
     pages = PageTable(1, 2, 2)
     pages.assign(0, [1, 0])
     segment = Segment.of([1, 2, 3, 4], past=[254], slots=[0])
-    rows = StepRows(segment, WINDOW, Layout(pages, in_place=True, spare_tokens=4))
+    rows = BlockRows(segment, WINDOW, Layout(pages, in_place=True, spare_tokens=4))
     wanted = [position % (WINDOW + 4) for position in range(254 - WINDOW, 258)]
-    assert rows.block_lookup().window_TW.tolist() == [wanted] * 4
+    assert rows.lookup().window_TW.tolist() == [wanted] * 4
     assert rows.ring().keep_ring.tolist() == wanted[-4:]

@@ -70,7 +70,7 @@ def test_constrained_gain_is_that_of_the_matrices_that_mix(model):
     tokens, combs = segment(), []
     for connection in connections(model):
 
-        def mix_in(x_TSD, norm, original=connection.mix_in):
+        def mix_in(x_TSD, norm=None, original=connection.mix_in):
             parts = original(x_TSD, norm)
             combs.append(parts[3].double())
             return parts
