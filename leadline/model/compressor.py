@@ -13,11 +13,8 @@ rounded to what the cache can hold. The indexer owns a second, narrower compress
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from leadline.model.config import CSA_RATIO, ModelConfig
 from leadline.model.linear import Linear, Norm, twin_linear_fp32
@@ -27,24 +24,7 @@ from leadline.ops.cache_rows import Source
 from leadline.ops.cache_step import Finish, finished, store_entries
 from leadline.ops.gated_pool import gated_pool
 from leadline.ops.norm_rope import Rounding
-
-
-class PlaceRows(torch.autograd.Function):
-    """Rows of a small table [R, E] for places 0 .. R - 1 [T]. The gradient is a product with R columns of ones and
-    zeros: so many tokens share a row that adding them one by one would take longer than the attention."""
-
-    @staticmethod
-    def forward(ctx: Any, table_RE: Tensor, place_T: Tensor) -> Tensor:
-        ctx.save_for_backward(place_T)
-        ctx.rows = len(table_RE)
-        return table_RE[place_T]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (dy_TE,), (place_T,) = gradients, ctx.saved_tensors
-        is_at_RT = torch.arange(ctx.rows, device=place_T.device)[:, None] == place_T
-        return is_at_RT.to(dy_TE.dtype) @ dy_TE, None
+from leadline.ops.place_rows import PlaceRows
 
 
 class Compressor(nn.Module):

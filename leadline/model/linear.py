@@ -10,13 +10,12 @@ them hold what is decided outside, in `quant/policy.py` and by the files of a ch
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from leadline.ops.exact_linear import exact_linear
+from leadline.ops.grouped_product import GroupedProduct
 from leadline.ops.invariance import is_batch_invariant, rows_times
 from leadline.ops.quantized_linear import QuantizedWeight, quantized_linear, quantized_linears
 from leadline.ops.twin_product import suits, twin_product
@@ -93,31 +92,6 @@ def grouped_output(x_TOX: Tensor, weight: Tensor) -> Tensor:
     if x_TOX.is_cuda:
         return GroupedProduct.apply(x_TOX, weight_OLX)
     return torch.bmm(x_TOX.transpose(0, 1), weight_OLX.mT).transpose(0, 1)
-
-
-class GroupedProduct(torch.autograd.Function):
-    """y_to = W_o x_to with results laid out as the inputs are, [T, O, ...]: the library writes them there, so nothing
-    is copied afterwards."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TOX: Tensor, weight_OLX: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TOX, weight_OLX)
-        y_TOL = x_TOX.new_empty(*x_TOX.shape[:2], weight_OLX.shape[1])
-        torch.bmm(x_TOX.transpose(0, 1), weight_OLX.mT, out=y_TOL.transpose(0, 1))
-        return y_TOL
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (dy_TOL,) = gradients
-        x_TOX, weight_OLX = ctx.saved_tensors
-        dy_OTL, dx_TOX, dweight_OLX = dy_TOL.transpose(0, 1), None, None
-        if ctx.needs_input_grad[0]:
-            dx_TOX = torch.empty_like(x_TOX, memory_format=torch.contiguous_format)
-            torch.bmm(dy_OTL, weight_OLX, out=dx_TOX.transpose(0, 1))
-        if ctx.needs_input_grad[1]:
-            dweight_OLX = torch.bmm(dy_OTL.mT, x_TOX.transpose(0, 1))
-        return dx_TOX, dweight_OLX
 
 
 def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:

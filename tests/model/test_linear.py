@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from leadline.model.config import TINY
-from leadline.model.linear import GroupedOutput, GroupedProduct, Linear, grouped_output, linears
+from leadline.model.linear import GroupedOutput, Linear, grouped_output, linears
 from leadline.model.moe import Experts
+from leadline.ops.grouped_product import GroupedProduct
 from leadline.ops.quantized_linear import FORMATS, Format, quantize, quantized_linear
 from leadline.ops.route import Route
 from leadline.ops.token_permutation import expert_order

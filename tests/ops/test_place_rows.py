@@ -1,10 +1,10 @@
-"""Of the compressor alone: the rest of it is seen through the model (`test_parity.py`, `test_chunks.py`)."""
+"""Rows of a small table that many look up."""
 
 from __future__ import annotations
 
 import torch
 
-from leadline.model.compressor import PlaceRows
+from leadline.ops.place_rows import PlaceRows
 
 
 def test_rows_of_places_and_the_gradient_of_their_table() -> None:
