@@ -244,19 +244,27 @@ def benchmark(sizes: Sizes, threads: int, only: str, out: Path) -> list[dict[str
         "versions": run.versions,
     }
     lines: list[dict[str, Any]] = []
+    partial_out = out.with_suffix(".partial")
+    console.print(f"finished measurements are kept in {partial_out} until all are done")
     for what, measure in chosen:
         console.print(what)
         lines.append(shared | {"row": {"what": what, **measure()}})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", encoding="utf8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
+        _append(partial_out, lines[-1:])
+    _append(out, lines)
+    partial_out.unlink()
     table = Table(*lines[0]["row"])
     for line in lines:
         table.add_row(*line["row"].values())
     console.print(table)
     return lines
+
+
+def _append(path: Path, lines: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def main() -> None:
