@@ -35,6 +35,7 @@ SOURCE_FOLDERS = ("leadline", "benchmarks", "tools")
 CASES = {
     "ops": ("op", "shape", "direction"),
     "engine": ("what", "context"),
+    "engine_cpu": ("what",),
     "engine_peer": ("work", "context"),
     "layer_h100": ("layer", "work", "tokens"),
     "v32_model": ("attention of", "sequences", "context"),

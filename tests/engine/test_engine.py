@@ -379,9 +379,7 @@ def test_batch_invariance_with_weights_in_eight_bits_is_refused_on_a_gpu() -> No
     block.attn.wq_a.hold(quantize(block.attn.wq_a.weight.detach(), "fp8"))
     settings = Settings(slots=1, pages=2, batch_invariant=True)
     Engine(model, settings)
-    with pytest.raises(
-        ValueError, match=r"not proven for .*, such as layers\.0\.attn\.wq_a"
-    ):
+    with pytest.raises(ValueError, match=r"not proven for .*, such as layers\.0\.attn\.wq_a"):
         Engine(model.cuda(), settings)
 
 
