@@ -24,6 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leadline.ops.cache_rows.format_kernel import (
+    e8m0_inverse,
+    e8m0_to_float,
+    largest_magnitude,
+    round_to_e4m3,
+    scale_codes,
+)
 from leadline.ops.early_start import begin, starts_early
 from leadline.ops.quantized_linear.round_kernel import Weight
 
@@ -39,21 +46,11 @@ def _rounded(x, SLABS: tl.constexpr, HALF: tl.constexpr):
     """x [W, 4] rounded to E4M3 in slabs, SLABS along W: the values with their scales, times HALF, and NaN in a slab
     with an infinity or NaN."""
     WORDS: tl.constexpr = x.shape[0]
-    # As integers, magnitudes are ordered as they are as floats, and NaN is above all of them.
-    largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
-    largest = tl.max(largest.reshape(SLABS, WORDS // SLABS), 1)
-    bits = (tl.maximum(largest.to(tl.float32, bitcast=True), 1e-4) * (1.0 / 448.0)).to(tl.int32, bitcast=True)
-    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
-    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    scale = tl.where(largest < 0x7F800000, exponent << 23, 0x7FC00000).to(tl.float32, bitcast=True) * HALF
-    value = x * _of_words(inverse, WORDS)[:, None]
-    bits = value.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    normal = (magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) & 0x7FF00000
-    # Below 2^-6 values are multiples of 2^-9, which is the last bit of a sum with 2^14.
-    small = ((tl.abs(value) + 16384.0) - 16384.0).to(tl.int32, bitcast=True)
-    found = tl.where(magnitude < 0x3C800000, small, normal) | (bits & -0x80000000)
-    return found.to(tl.float32, bitcast=True) * _of_words(scale, WORDS)[:, None]
+    # The larger of two magnitudes' bits is that of the larger magnitude, in a word and in a slab.
+    largest = tl.max(largest_magnitude(x).reshape(SLABS, WORDS // SLABS), 1)
+    code = scale_codes(largest, 448.0, 1e-4)
+    rounded = round_to_e4m3(x * _of_words(e8m0_inverse(code), WORDS)[:, None])
+    return rounded * _of_words(e8m0_to_float(code) * HALF, WORDS)[:, None]
 
 
 @triton.jit
@@ -73,9 +70,8 @@ def _add(sums, words, a, PLACE: tl.constexpr):
 
 
 @triton.jit
-def _block_scales(w_scale, block, slab, SLABS_OF_ROW: tl.constexpr):
-    """Scales of the blocks of a row of blocks, float32 whether stored so or as E8M0."""
-    scale = tl.load(w_scale + block * SLABS_OF_ROW + slab, mask=slab < SLABS_OF_ROW, other=0)
+def scale_value(scale):
+    """Float32 values of a weight's scales, which may be stored as E8M0."""
     if scale.dtype == tl.uint8:
         bits = scale.to(tl.int32)
         return tl.where(bits == 0, 1 << 22, bits << 23).to(tl.float32, bitcast=True)
@@ -106,7 +102,9 @@ def quantized_linear_few_kernel(
         n = start + (word * 4)[:, None] + tl.arange(0, 4)[None, :]
         a = tl.load(x + token * N + n, mask=n < N, other=0.0).to(tl.float32)
         a = _rounded(a, COLUMNS // 128, HALF)
-        a *= _block_scales(w_scale, block, start // 128 + word // 32, SLABS_OF_ROW)[:, None]
+        slab = start // 128 + word // 32
+        scale = tl.load(w_scale + block * SLABS_OF_ROW + slab, mask=slab < SLABS_OF_ROW, other=0)
+        a *= scale_value(scale)[:, None]
         even, odd = tl.split(a.reshape(COLUMNS // 4, 2, 2))
         a0, a2 = tl.split(even)
         a1, a3 = tl.split(odd)

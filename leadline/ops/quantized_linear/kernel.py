@@ -17,38 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from leadline.formats import e8m0
+from leadline.ops.cache_rows.format_kernel import e2m1_to_float, e4m3_to_float
 from leadline.ops.dispatch import is_batch_invariant
 from leadline.ops.opaque import opaque
 from leadline.ops.quantized_linear import few_kernel
+from leadline.ops.quantized_linear.few_kernel import scale_value
 from leadline.ops.quantized_linear.round_kernel import Activations, Weight, round_activations
 from leadline.ops.quantized_linear.weight import QuantizedWeight
 
 ROWS_OF_A_TILE = 64  # of the weight
-
-
-@triton.jit
-def _e4m3_value(codes):
-    """Float32 values of E4M3 codes: their bits, moved to the fields of a float32 whose exponents count from 2^-120."""
-    codes = codes.to(tl.int32)
-    value = ((codes & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
-    return tl.where(codes >= 128, -value, value)
-
-
-@triton.jit
-def _e2m1_value(codes):
-    """Float32 values of E2M1 codes 0..15."""
-    value = ((codes & 7) << 22).to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
-    return tl.where(codes >= 8, -value, value)
-
-
-@triton.jit
-def _e8m0_value(scale):
-    """Float32 values of scales that may be stored as E8M0."""
-    if scale.dtype == tl.uint8:
-        bits = scale.to(tl.int32)
-        return tl.where(bits == 0, 1 << 22, bits << 23).to(tl.float32, bitcast=True)
-    else:
-        return scale
 
 
 @triton.jit
@@ -80,19 +57,19 @@ def quantized_linear_fwd_kernel(
         n = slab * 128 + tl.arange(0, 128)
         inside = stored[:, None] & (n < N)[None, :]
         x = tl.load(x_ptr + t.to(tl.int64)[:, None] * N + n[None, :], mask=inside, other=0)
-        w_scale = _e8m0_value(tl.load(w_scale_ptr + scale_rows + slab, mask=o < O, other=1))
+        w_scale = scale_value(tl.load(w_scale_ptr + scale_rows + slab, mask=o < O, other=1))
         if sub_scale_ptr is None:
             w = tl.load(w_ptr + rows[:, None] * N + n[None, :], mask=(o < O)[:, None] & (n < N)[None, :], other=0)
-            w = _e4m3_value(w)
+            w = e4m3_to_float(w)
         else:
             byte = slab * 64 + tl.arange(0, 64)
             here = (o < O)[:, None] & (2 * byte < N)[None, :]
             pairs = tl.load(w_ptr + rows[:, None] * (N // 2) + byte[None, :], mask=here, other=0).to(tl.int32)
             sub = tl.load(sub_scale_ptr + rows[:, None] * (N // 32) + (byte // 16)[None, :], mask=here, other=0)
-            relative = _e8m0_value(sub) / w_scale[:, None]
-            low, high = _e2m1_value(pairs & 15) * relative, _e2m1_value(pairs >> 4) * relative
+            relative = scale_value(sub) / w_scale[:, None]
+            low, high = e2m1_to_float(pairs & 15) * relative, e2m1_to_float(pairs >> 4) * relative
             w = tl.join(low, high).reshape(BLOCK_O, 128)
-        products = tl.dot(_e4m3_value(x).to(DOT), w.to(DOT).trans(1, 0), input_precision="ieee")
+        products = tl.dot(e4m3_to_float(x).to(DOT), w.to(DOT).trans(1, 0), input_precision="ieee")
         x_scale = tl.load(x_scale_ptr + tl.cast(slab, tl.int64) * stride + t, mask=stored, other=0.0)
         y += products * (x_scale[:, None] * w_scale[None, :])
     pointers = y_ptr + t.to(tl.int64)[:, None] * O + o[None, :]
