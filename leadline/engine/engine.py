@@ -54,9 +54,8 @@ class Settings:
     cache. speculate: guess with the MTP block or the draft stages, whichever the model has. draft_cost: what a token
     adds to the time of a step, relative to a step without any; the higher, the surer a guess of the draft stages has to
     be (`admit_drafts`). batch_invariant: a sequence's logits are the same bits whatever else is served and however its
-    prompt is cut or cached (`ops/invariance.py`); slower, above all on a GPU, where no step is captured then and
-    weights have to be floating. compile_steps: on the CPU, compile the decoding steps of each shape when it first comes
-    up (`compiled.py`).
+    prompt is cut or cached (`ops/invariance.py`); slower, above all on a GPU, where no step is captured then.
+    compile_steps: on the CPU, compile the decoding steps of each shape when it first comes up (`compiled.py`).
     """
 
     slots: int = 8
@@ -79,7 +78,6 @@ class Engine:
             raise ValueError(f"draft_cost is {settings.draft_cost}: expected 0 or more")
         if settings.batch_invariant:
             check_batch_invariance(model.embed.weight)
-            _refuse_unproven(model)
         if settings.step_tokens < PAGE_TOKENS:
             raise ValueError(f"step_tokens is {settings.step_tokens}: expected at least a page, {PAGE_TOKENS}")
         if settings.compile_steps and settings.batch_invariant:
@@ -337,16 +335,6 @@ def _fixed_steps(model: Transformer, state: State, settings: Settings) -> FixedS
     if model.embed.weight.is_cuda:
         return FixedSteps(model, state, settings.slots, StepGraph)
     return FixedSteps(model, state, settings.slots, CompiledStep) if settings.compile_steps else None
-
-
-def _refuse_unproven(model: Transformer) -> None:
-    """ValueError for weights in eight or four bits on a card: at V4-Flash's widths some rows still differed there."""
-    held = next((name for name, tensor in model.state_dict().items() if tensor.element_size() == 1), None)
-    if held is not None and model.embed.weight.is_cuda:
-        raise ValueError(
-            f"batch_invariant on a GPU is not proven for weights in eight or four bits, such as {held}: "
-            "convert them to bfloat16, or serve on the CPU"
-        )
 
 
 def _piece(sequence: Sequence, share: Share) -> Piece:

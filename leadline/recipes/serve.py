@@ -24,7 +24,7 @@ http://127.0.0.1:8000/v1 and any API key. Ctrl-C or SIGTERM lets running answers
   log_prompts=no    prompts are logged only if asked  allow_short_max=no   mode max with less than 384K of context
   disk_cache=FOLDER of prompts, outlives the server   disk_cache_gib=32 most of it
   window_policy=periodic   full, periodic or zero: how much of each prefix is kept, and how little is computed again
-  batch_invariant=no   the same bits whatever else is served; slower, on a GPU much slower, with floating weights only
+  batch_invariant=no   the same bits whatever else is served; slower, on a GPU much slower
   compile_steps=no  on the CPU: compile the decoding step for each number of answers at once when it first comes up;
                     answers then wait for about a minute; needs a C++ compiler
   replicas=1        servers behind this address, each with a GPU to itself; needs `pip install 'leadline[ray]'`

@@ -20,13 +20,11 @@ from leadline.engine.prefix import WindowPolicy
 from leadline.engine.request import Request, RequestError, Sampling, ThinkingBudget
 from leadline.engine.runner import Piece
 from leadline.engine.sequence import Finish
-from leadline.model.block import Block
 from leadline.model.config import TINY
 from leadline.model.segment import Segment
 from leadline.model.transformer import Output, Transformer
 from leadline.ops.dispatch import KernelError
 from leadline.ops.invariance import batch_invariant
-from leadline.ops.quantized_linear import quantize
 
 from .conftest import Run, random_weights
 
@@ -369,18 +367,6 @@ def test_batch_invariant_logits_are_the_trainers_to_the_last_bit(policy: WindowP
     trainers = [float(log_p_V[id_]) for log_p_V, (id_, _, _) in zip(log_p_TV, found[0], strict=True)]
     assert [logprob for _, logprob, _ in found[0]] == trainers
     assert all(other == found[0] for other in found)
-
-
-@pytest.mark.gpu
-def test_batch_invariance_with_weights_in_eight_bits_is_refused_on_a_gpu() -> None:
-    model = random_weights(Transformer(TINY), 5)
-    block = model.layers[0]
-    assert isinstance(block, Block)
-    block.attn.wq_a.hold(quantize(block.attn.wq_a.weight.detach(), "fp8"))
-    settings = Settings(slots=1, pages=2, batch_invariant=True)
-    Engine(model, settings)
-    with pytest.raises(ValueError, match=r"not proven for .*, such as layers\.0\.attn\.wq_a"):
-        Engine(model.cuda(), settings)
 
 
 @pytest.mark.gpu

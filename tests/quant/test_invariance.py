@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from leadline.model.cache_format import PACKED, SERVED
-from leadline.model.config import TINY
+from leadline.model.config import FLASH, TINY, ModelConfig
 from leadline.model.init import initialize
 from leadline.model.segment import Segment
 from leadline.model.state import State
@@ -19,19 +19,29 @@ from leadline.quant.policy import RELEASED, quantize_model
 
 # Whole blocks of scales, which Hopper's kernel takes, in all matrices but those of narrow ranks.
 CARD = TINY.replace(hidden_size=256, q_lora_rank=128, head_dim=64, moe_intermediate_size=128, index_head_dim=128)
+# All widths of V4-Flash, one layer of each kind: deep pipelines, and more tiles than a card has processors.
+WIDE = FLASH.replace(
+    num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), n_routed_experts=16, vocab_size=1024, num_hash_layers=0
+)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_chunks_and_steps_beside_neighbours_give_the_bits_of_one_piece(device: str) -> None:
-    config = TINY if device == "cpu" else CARD
-    model = Transformer(config, cache_format=SERVED, with_mtp=False)
+@pytest.mark.parametrize(
+    ("config", "device"),
+    [
+        pytest.param(TINY, "cpu", id="tiny"),
+        pytest.param(CARD, "cuda", id="card", marks=pytest.mark.gpu),
+        pytest.param(WIDE, "cuda", id="wide", marks=pytest.mark.gpu),
+    ],
+)
+def test_chunks_and_steps_beside_neighbours_give_the_bits_of_one_piece(config: ModelConfig, device: str) -> None:
+    with torch.device(device):
+        model = Transformer(config, cache_format=SERVED, with_mtp=False)
     initialize(model, 0)
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight), alpha=weight.shape[-1] ** -0.5)  # training begins with zeros
     model.bfloat16()
     quantize_model(model, RELEASED)
-    model.to(device)
     tokens = random.Random(1).choices(range(config.vocab_size), k=140)
     with batch_invariant(), torch.no_grad():
         expected_TV = model.logits(model.hidden(model(Segment.of(tokens, device=device)).streams_TSD))

@@ -224,6 +224,8 @@ def _multiply(
             first = _add(first, a, x_tiles.index(stage), scale_tiles.index(stage), scale, 0, CHUNK)
             if TOKENS > CHUNK:
                 second = _add(second, a, x_tiles.index(stage), scale_tiles.index(stage), scale, CHUNK, CHUNK)
+            # A barrier does not wait for loads on their way, and the copy engine could be faster than they are.
+            fence_async_shared()
             barrier()
             mbarrier.arrive(empty.index(stage), count=1)
             count += 1
