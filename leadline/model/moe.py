@@ -25,7 +25,8 @@ from leadline.ops.route import Route
 from leadline.ops.swiglu import swiglu
 from leadline.ops.token_permutation import combine, dispatch
 
-TOKENS_PER_RUN = 2048
+# Tokens that go through the experts at once; on a GPU an expert's matrix should meet hundreds of rows.
+TOKENS_PER_RUN, TOKENS_PER_RUN_ON_GPU = 2048, 8192
 
 GroupedProducts = Callable[[Tensor, Sequence[Tensor], Tensor], tuple[Tensor, ...]]
 
@@ -123,7 +124,7 @@ class MoE(nn.Module):
     def forward(self, x_TD: Tensor, segment: Segment, training: bool = False) -> tuple[Tensor, ExpertSignals | None]:
         if not training:
             # Tokens are independent here: a long prompt goes through in runs, so that the hidden vectors stay few.
-            step = len(x_TD) if torch.is_grad_enabled() else TOKENS_PER_RUN
+            step = len(x_TD) if torch.is_grad_enabled() else TOKENS_PER_RUN_ON_GPU if x_TD.is_cuda else TOKENS_PER_RUN
             runs = zip(x_TD.split(step), segment.tokens_T.split(step), strict=True)
             mixed = [self._mix(x, self.gate(x, tokens)) for x, tokens in runs]
             return mixed[0] if len(mixed) == 1 else torch.cat(mixed), None
