@@ -2,14 +2,15 @@
 
 usage: leadline bench ops [--only OP,OP] [out=FILE] [commit=HASH]
 
-Every op goes through its gate (outputs and gradients against the reference in float64, at awkward lengths, in poisoned
-memory, twice with the same bits) and is then timed, forward and backward, next to two ceilings of the card that are
-measured in the same run: the bandwidth of a copy and the speed of a bfloat16 matrix product. An op whose gate is red
-gets no time, and the exit code is 1.
+First the kernels of all cases are compiled, many at the same time. Then every op goes through its gate (outputs and
+gradients against the reference in float64, at awkward lengths, in poisoned memory, twice with the same bits) and is
+timed, forward and backward, next to two ceilings of the card that are measured in the same run: the bandwidth of a copy
+and the speed of a bfloat16 matrix product. An op whose gate is red gets "red" in the place of its time; the others are
+still measured, and the exit code is 1.
 
-The rows are appended to FILE, by default benchmarks/results/CARD/ops.jsonl below the current folder, from where
-tools/readme.py makes the tables of the README, or with --only runs/ops.jsonl. commit: the revision measured, where git
-cannot tell it.
+The rows of a case are appended, as soon as it is measured, to FILE, by default
+benchmarks/results/CARD/ops.jsonl below the current folder, from where tools/readme.py makes the tables of the README,
+or with --only runs/ops.jsonl. commit: the revision measured, where git cannot tell it.
 
   leadline bench ops
   leadline bench ops --only rms_norm,rope out=runs/ops.jsonl
@@ -23,7 +24,8 @@ import math
 import os
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,11 +37,12 @@ from rich.console import Console
 from rich.table import Table
 
 from leadline import cli
-from leadline.ops.dispatch import triton_installed
+from leadline.ops.dispatch import implementation, triton_installed
+from leadline.ops.rehearsal import rehearsal
 from leadline.recipes.bench_ops import CASES
 from leadline.recipes.bench_ops.case import Case, Cost
 from leadline.recipes.bench_ops.clock import Ceilings, measure_ceilings, time_backward, time_forward
-from leadline.recipes.bench_ops.gate import gate
+from leadline.recipes.bench_ops.gate import gate, results
 
 
 class BenchError(ValueError):
@@ -109,8 +112,8 @@ def this_run(commit: str | None, device: torch.device) -> Run:
 
 @dataclass(frozen=True)
 class Result:
-    """One direction of one case. difference: the largest relative one in the gate, NaN if any is. seconds: None when
-    the gate is red."""
+    """One direction of one case. difference: the largest relative one in the gate, NaN if any is, or if it could not be
+    found. seconds: None when the gate is red."""
 
     case: Case
     direction: str
@@ -119,19 +122,37 @@ class Result:
     seconds: float | None
 
 
+def rehearse(case: Case, device: torch.device) -> None:
+    """Launch every kernel of a case, as gate and clocks will, in a `rehearsal`."""
+    for tokens in case.gate_tokens:
+        results(case.run, (case.gate_inputs or case.inputs)(tokens, device), "kernel", ())
+    inputs = case.inputs(case.tokens, device)
+    with torch.no_grad(), implementation("kernel"):
+        case.run(*inputs)
+    if case.backward is not None:
+        results(case.run, inputs, "kernel", ())
+
+
+def directions(case: Case) -> list[tuple[str, Cost, Callable[[Case, torch.device], float]]]:
+    """(name, cost, clock) of what is timed."""
+    found = [("forward", case.forward, time_forward)]
+    return found if case.backward is None else [*found, ("backward", case.backward, time_backward)]
+
+
 def measure(case: Case, device: torch.device) -> Iterator[Result]:
     """Gate, then forward, then backward."""
     found = gate(case, device)
     green = all(map(case.accepts, found))
     relative = [difference.relative for difference in found]
     worst = math.nan if any(map(math.isnan, relative)) else max(relative)
-    for direction, cost, clock in (
-        ("forward", case.forward, time_forward),
-        ("backward", case.backward, time_backward),
-    ):
-        if cost is not None:
-            yield Result(case, direction, cost, worst, clock(case, device) if green else None)
+    for direction, cost, clock in directions(case):
+        yield Result(case, direction, cost, worst, clock(case, device) if green else None)
     torch.cuda.empty_cache()
+
+
+def red(case: Case) -> list[Result]:
+    """What stands in the place of results when a case cannot be measured."""
+    return [Result(case, direction, cost, math.nan, None) for direction, cost, _ in directions(case)]
 
 
 def speed(result: Result, ceilings: Ceilings) -> tuple[str, str]:
@@ -163,12 +184,12 @@ def record(result: Result, run: Run) -> dict[str, Any]:
         "seconds": result.seconds,
         "bytes": result.cost.bytes,
         "flops": result.cost.flops,
-        "difference": result.difference,
+        "difference": result.difference if math.isfinite(result.difference) else None,
         "row": {
             "op": result.case.op,
             "shape": result.case.shape,
             "direction": result.direction,
-            "ms": "" if result.seconds is None else f"{1000 * result.seconds:.3f}",
+            "ms": "red" if result.seconds is None else f"{1000 * result.seconds:.3f}",
             "reached": rate,
             "ceiling": f"{ceiling:,.0f} {unit}",
             "of ceiling": share,
@@ -202,6 +223,45 @@ def _table(lines: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def rehearse_all(cases: Sequence[Case], device: torch.device, progress: Console) -> None:
+    """Compile the kernels of all cases; one that fails here fails again, and gets its row, when it is measured."""
+    with rehearsal():
+        for case in cases:
+            try:
+                rehearse(case, device)
+            except Exception as error:
+                progress.print(f"{case.op}: {case.shape}: not compiled ahead: {error}", style="red", markup=False)
+            torch.cuda.empty_cache()
+
+
+def check_alive(device: torch.device, case: Case) -> None:
+    """BenchError when a kernel has left the card in a state in which it refuses all work: nothing behind it is red."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise BenchError(f"{case.op}: the card takes no more work ({reason}): leave it out, see --only") from None
+
+
+def measure_all(cases: Sequence[Case], device: torch.device, run: Run, path: Path, progress: Console) -> list[Any]:
+    """The lines of all cases, each stored in the file as soon as it is known."""
+    lines: list[dict[str, Any]] = []
+    for case in cases:
+        started = time.monotonic()
+        try:
+            found = list(measure(case, device))
+        except Exception as error:  # a kernel that does not compile or run is red; the other cases are still measured
+            progress.print(f"{type(error).__name__}: {error}", style="bold red", markup=False)
+            found = red(case)
+        lines += (new := [record(result, run) for result in found])
+        append(path, new)
+        check_alive(device, case)
+        times = ", ".join(f"{line['row']['direction']} {line['row']['ms']}" for line in new)
+        progress.print(f"{case.op}: {case.shape}: {times} ({time.monotonic() - started:.1f} s)", markup=False)
+    return lines
+
+
 def main(arguments: list[str]) -> int:
     """Run `leadline bench`; returns the exit code."""
     options = parse(arguments)
@@ -211,24 +271,15 @@ def main(arguments: list[str]) -> int:
     torch.manual_seed(int.from_bytes(os.urandom(4)))  # the gate sees inputs that it has never seen before
     progress, console = Console(stderr=True), Console(highlight=False, width=None if os.isatty(1) else 160)
     run = this_run(options.commit, device)
-    # A table of the README shows one run, so a run of some ops must not become the latest.
+    # A run of some ops is for trying out: its rows are not for the README.
     folder = Path("runs") if options.only else Path("benchmarks/results") / slug(run.machine)
     path = options.out or folder / "ops.jsonl"
-    lines: list[dict[str, Any]] = []
-    red: set[str] = set()
-    for case in CASES:
-        if options.only and case.op not in options.only:
-            continue
-        progress.print(f"{case.op}: {case.shape}")
-        try:
-            found = [record(result, run) for result in measure(case, device)]
-        except Exception as error:  # a kernel that does not compile or run is red; the other cases are still measured
-            progress.print(f"{type(error).__name__}: {error}", style="bold red", markup=False)
-            red.add(case.op)
-            continue
-        append(path, [line for line in found if line["seconds"] is not None])
-        lines += found
+    cases = [case for case in CASES if not options.only or case.op in options.only]
+    started = time.monotonic()
+    rehearse_all(cases, device, progress)
+    progress.print(f"kernels of {len(cases)} cases compiled in {time.monotonic() - started:.1f} s")
+    lines = measure_all(cases, device, run, path, progress)
     console.print(_table(lines))
-    red |= {line["row"]["op"] for line in lines if line["seconds"] is None}
-    console.print(f"results: {path}" + (f"; red gates, not timed: {', '.join(sorted(red))}" if red else ""))
-    return 1 if red else 0
+    reds = sorted({line["row"]["op"] for line in lines if line["seconds"] is None})
+    console.print(f"results: {path}" + (f"; red gates, not timed: {', '.join(reds)}" if reds else ""))
+    return 1 if reds else 0

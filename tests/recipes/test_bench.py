@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from leadline.cli import UsageError
@@ -74,6 +75,55 @@ def test_a_red_gate_gets_no_time(mistake: str, monkeypatch: pytest.MonkeyPatch) 
     assert [result.seconds for result in results] == ([None, None] if mistake else [0.5, 0.5])
     assert len(timed) == (0 if mistake else 2)
     assert [result.direction for result in results] == ["forward", "backward"]
+
+
+@pytest.mark.interpret
+def test_a_red_case_has_its_row_and_stops_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The first case is wrong, the second cannot be run, the third is fine."""
+    for clock in ("time_forward", "time_backward"):
+        monkeypatch.setattr(bench, clock, lambda case, device: 0.5)
+
+    def fails(x: Tensor) -> Tensor:
+        raise RuntimeError("no such kernel")
+
+    cases = [case("value"), dataclasses.replace(case(), op="broken", run=fails, backward=None), case()]
+    path = tmp_path / "ops.jsonl"
+    lines = bench.measure_all(cases, CPU, RUN, path, Console(quiet=True))
+    assert [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()] == lines
+    rows = [line["row"] for line in lines]
+    assert [(row["op"], row["direction"], row["ms"]) for row in rows] == [
+        ("square", "forward", "red"),
+        ("square", "backward", "red"),
+        ("broken", "forward", "red"),
+        ("square", "forward", "500.000"),
+        ("square", "backward", "500.000"),
+    ]
+
+
+@pytest.mark.interpret
+def test_finished_cases_are_kept_when_a_run_is_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for clock in ("time_forward", "time_backward"):
+        monkeypatch.setattr(bench, clock, lambda case, device: 0.5)
+
+    def stopped(x: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "ops.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        bench.measure_all([case(), dataclasses.replace(case(), run=stopped)], CPU, RUN, path, Console(quiet=True))
+    assert len(path.read_text(encoding="utf8").splitlines()) == 2
+
+
+@pytest.mark.interpret
+def test_the_rehearsal_goes_through_every_length_and_direction() -> None:
+    seen: list[tuple[int, bool]] = []
+
+    def note(x: Tensor) -> Tensor:
+        seen.append((len(x), torch.is_grad_enabled()))
+        return x.square()
+
+    bench.rehearse(dataclasses.replace(case(), run=note, tokens=9), CPU)
+    assert seen == [(1, True), (7, True), (9, False), (9, True)]
 
 
 @pytest.mark.interpret
