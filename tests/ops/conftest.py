@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from leadline.ops.reach import Reach
-from leadline.recipes.bench_ops.gate import differences
+from leadline.ops.rehearsal import rehearsal
+from leadline.recipes.bench_ops.gate import differences, results
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +125,9 @@ def _look_back() -> Callable[..., LookingBack]:
 def against_reference(op: Callable[..., Any], inputs: Sequence[Tensor | None], tolerance: float) -> None:
     """op(*inputs) and its gradients, as a kernel and as the reference in float64, differ by at most `tolerance`, and
     two runs of the kernel not at all: `leadline.recipes.bench_ops.gate.differences`, the gate of the benchmark."""
+    if any(x is not None and x.is_cuda for x in inputs):
+        with rehearsal():
+            results(op, inputs, "kernel", ())
     found = differences(op, inputs)
     assert all(difference.relative <= tolerance for difference in found), found  # NaN is above every tolerance
 
