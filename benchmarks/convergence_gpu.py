@@ -2,13 +2,16 @@
 
 usage: python benchmarks/convergence_gpu.py [--steps N] [--out FILE] [--commit HASH]
 
-The `nano` model is trained on text of a small random grammar, in bfloat16 with master weights in FP32, from the same
-start on the same tokens: once with the references on the card, once with the kernels. Two more runs with kernels, from
-other starts on other tokens of the same grammar, show how much the loss differs by chance. The run with kernels passes
-when it differs from that with references by no more than those two differ from it.
+The `nano` model is trained on text of a small random grammar, with master weights in FP32, three times from the same
+start on the same tokens: with the references in bfloat16, with the references in FP32, and with the kernels in
+bfloat16. The loss of a run is the mean of its last quarter. The run with kernels passes when its loss is within
+`TOLERANCE` of that of the references in bfloat16; the run in FP32 shows what rounding alone does to it.
 
-Kernels and references round differently, so the two runs part after a few steps like any two runs; what must agree is
-how well they learn. The loss of a run is the mean of its last quarter.
+Kernels and references round differently, so their runs part after a few steps like any two runs; what must agree is
+how well they learn. On a CPU, with 40 steps, bfloat16 and FP32 end 0.0007 apart, other starts with other tokens 0.02 to
+0.04, and the loss falls from 6.4 to 3.1.
+
+The kernels are compiled ahead, in a `rehearsal` of the first steps.
 
 The result is one JSON object per run, as `tools/readme.py` wants it, in
 `benchmarks/results/<machine>/convergence_gpu.jsonl`.
@@ -22,7 +25,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +41,7 @@ from leadline.model.segment import Segment
 from leadline.model.signals import Training
 from leadline.model.transformer import Transformer
 from leadline.ops.dispatch import Implementation, implementation
+from leadline.ops.rehearsal import rehearsal
 from leadline.optim.clip import clip_gradients
 from leadline.optim.groups import build_optimizers
 from leadline.train.balance import update_selection_bias
@@ -48,14 +52,16 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = NANO.replace(vocab_size=512)
 LENGTHS = (700, 300, 24)  # of the sequences of a segment
 LR, WARMUP, CLIP = 1e-2, 10, 1.0
+TOLERANCE = 0.01  # nats
+REHEARSED = 4  # steps, of which the first attends to everything and the others pick
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run: what it ran as, its seed, the loss of each step in nats, and how long it took."""
+    """One run: what it ran as and in, the loss of each step in nats, and how long it took."""
 
     name: Implementation
-    seed: int
+    dtype: torch.dtype
     losses: list[float]
     seconds: float
 
@@ -106,13 +112,15 @@ class Objective(nn.Module):
 
 def train(
     name: Implementation,
-    seed: int,
+    dtype: torch.dtype,
     steps: int,
     device: torch.device,
     config: ModelConfig = CONFIG,
-    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> Result:
-    """One run from the start; dtype: that of the weights but for those which stay FP32."""
+    """One run from the start; dtype: that of the weights but for those which stay FP32. progress is told how it goes,
+    once in ten steps."""
     model = Transformer(config)
     initialize(model, seed)
     model.to(device)
@@ -138,25 +146,37 @@ def train(
                 optimizer.step()
             update_selection_bias(model, found.counts_LE, 1e-3)
             losses.append(float(found.next_token))
-    return Result(name, seed, losses, time.monotonic() - started)
+            if step % 10 == 9 or step + 1 == steps:
+                took = time.monotonic() - started
+                progress(f"{name}s, {NAMES[dtype]}: step {step + 1}, loss {losses[-1]:.4f}, {took:.1f} s")
+    return Result(name, dtype, losses, time.monotonic() - started)
 
 
-PLAN: tuple[tuple[Implementation, int], ...] = (("reference", 0), ("kernel", 0), ("kernel", 1), ("kernel", 2))
+NAMES = {torch.bfloat16: "bfloat16", torch.float32: "FP32"}
+PLAN: tuple[tuple[Implementation, torch.dtype], ...] = (
+    ("reference", torch.bfloat16),
+    ("reference", torch.float32),
+    ("kernel", torch.bfloat16),
+)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def compare(steps: int, device: torch.device) -> list[Result]:
-    """The run with references, the same with kernels, and two with kernels that differ from it by chance."""
-    results = []
-    for name, seed in PLAN:
-        results.append(train(name, seed, steps, device))
-        print(f"{name}s, start {seed}: {results[-1].loss:.4f} in {results[-1].seconds:.1f} s", file=sys.stderr)
-    return results
+    """The runs of `PLAN`, behind a rehearsal of the one with kernels."""
+    started = time.monotonic()
+    with rehearsal():
+        train("kernel", torch.bfloat16, REHEARSED, device)
+    say(f"kernels compiled in {time.monotonic() - started:.1f} s")
+    return [train(name, dtype, steps, device, progress=say) for name, dtype in PLAN]
 
 
 def passes(results: Sequence[Result]) -> bool:
-    """Whether kernels and references differ by no more than chance does; NaN never passes."""
-    reference, same, *others = (result.loss for result in results)
-    return abs(same - reference) <= max(abs(same - other) for other in others)
+    """Whether kernels and references in bfloat16 differ by no more than the tolerance; NaN never passes."""
+    reference, _, kernel = (result.loss for result in results)
+    return abs(kernel - reference) <= TOLERANCE
 
 
 def records(results: Sequence[Result], commit: str, device: torch.device) -> list[dict[str, Any]]:
@@ -168,7 +188,7 @@ def records(results: Sequence[Result], commit: str, device: torch.device) -> lis
     return [
         {
             "benchmark": "convergence_gpu",
-            "title": f"Kernels learn as the references do: nano, bfloat16, {steps} steps of {sum(LENGTHS):,} tokens",
+            "title": f"Kernels learn as references do: nano, {steps} steps of {sum(LENGTHS):,} tokens, losses in nats",
             "command": "python benchmarks/convergence_gpu.py",
             "machine": machine,
             "time": started,
@@ -176,10 +196,11 @@ def records(results: Sequence[Result], commit: str, device: torch.device) -> lis
             "versions": versions,
             "losses": result.losses,
             "row": {
-                "run": f"{result.name}s, start {result.seed}",
+                "run": f"{result.name}s, {NAMES[result.dtype]}",
                 "first loss": f"{result.losses[0]:.3f}",
                 "loss of the last quarter": f"{result.loss:.4f}",
                 "difference": f"{result.loss - reference:+.4f}",
+                "allowed": f"{TOLERANCE}" if result.name == "kernel" else "",
                 "seconds": f"{result.seconds:.1f}",
             },
         }
@@ -194,7 +215,7 @@ def _slug(card: str) -> str:
 def main(arguments: list[str]) -> int:
     """Run, print, store; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=40, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="result file, if not in the result folder")
     parser.add_argument("--commit", default=None, help="revision measured, where git cannot tell it")
     options = parser.parse_args(arguments)
