@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,16 +11,20 @@ from torch import Tensor
 
 from leadline.ops.dispatch import implementation
 from leadline.ops.hyper_connection import mix_head, mix_in, mix_in_norm, mix_out
+from leadline.ops.rehearsal import rehearsal
 from leadline.ops.rms_norm import rms_norm
+from leadline.recipes.bench_ops.gate import results
 
 # tokens, streams, width
 SHAPES = [(1, 4, 6), (7, 4, 32), (19, 4, 4), (5, 3, 17), (3, 1, 8), (2, 2, 1030)]
+# Each way that a number of tokens chooses, and few widths, since each width is compiled anew.
 GPU_SHAPES = {
-    torch.bfloat16: [(1, 4, 4096), (3, 4, 7168), (64, 4, 4096), (127, 4, 7168), (4001, 4, 4096), (300, 4, 384)],
-    torch.float32: [(2, 4, 4096), (127, 4, 4096), (300, 4, 384)],
+    torch.bfloat16: [(1, 4, 4096), (3, 4, 7168), (64, 4, 4096), (127, 4, 4096), (4001, 4, 4096), (300, 4, 384)],
+    torch.float32: [(2, 4, 4096), (65, 4, 4096), (300, 4, 384)],
 }
 TOLERANCES = {torch.bfloat16: 4e-3, torch.float32: 1e-5}
 GPU_CASES = [(shape, dtype) for dtype, shapes in GPU_SHAPES.items() for shape in shapes]
+STEP_TOKENS = [1, 5, 16, 17, 64]
 
 
 def mix_in_inputs(tokens: int, streams: int, width: int, device: str = "cpu") -> list[Tensor]:
@@ -37,6 +42,10 @@ def mix_out_inputs(tokens: int, streams: int, width: int, device: str = "cpu") -
 def mix_head_inputs(tokens: int, streams: int, width: int, device: str = "cpu") -> list[Tensor]:
     x, fn, base, scale = mix_in_inputs(tokens, streams, width, device)
     return [x, fn[:streams], base[:streams], scale[:1]]
+
+
+def mix_in_norm_inputs(tokens: int, streams: int, width: int, device: str = "cpu") -> list[Tensor]:
+    return [*mix_in_inputs(tokens, streams, width, device), torch.randn(width, device=device)]
 
 
 def into(rounds: int = 20) -> Callable[..., tuple[Tensor, ...]]:
@@ -108,13 +117,13 @@ def test_few_tokens(
     monkeypatch.setattr(kernel, "FEW_TOKENS", few)
     against_reference(into(3), mix_in_inputs(tokens, 4, 40), 2e-5)
     against_reference(head, mix_head_inputs(tokens, 4, 40), 2e-5)
-    against_reference(into_norm(3), [*mix_in_inputs(tokens, 4, 40), torch.randn(40)], 2e-5)
+    against_reference(into_norm(3), mix_in_norm_inputs(tokens, 4, 40), 2e-5)
 
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("shape", [*SHAPES, (0, 4, 8), (70, 4, 8)], ids=str)
 def test_mix_in_norm_interpreted(shape: tuple[int, int, int], against_reference: Callable[..., None]) -> None:
-    inputs = [*mix_in_inputs(*shape), torch.randn(shape[2])]
+    inputs = mix_in_norm_inputs(*shape)
     against_reference(into_norm(5), inputs, 1e-5)
     against_reference(into_norm(5, recorded=True), inputs, 2e-5)
 
@@ -175,12 +184,42 @@ def test_a_token_does_not_depend_on_its_neighbours() -> None:
                 assert torch.equal(one[:fewer], other)
 
 
+# name: the op, and what makes its inputs from tokens, streams and width
+OPS: dict[str, tuple[Callable[..., Any], Callable[..., list[Tensor]]]] = {
+    "in": (into(), mix_in_inputs),
+    "in with a norm": (into_norm(), mix_in_norm_inputs),
+    "out": (mix_out, mix_out_inputs),
+    "head": (head, mix_head_inputs),
+}
+
+
+def gpu_inputs(op: str, shape: tuple[int, int, int], dtype: torch.dtype) -> list[Tensor]:
+    """The streams, and what is multiplied with them number by number, in the dtype; the rest in FP32."""
+    inputs = OPS[op][1](*shape, "cuda")
+    places = {"out": (0, 1), "in with a norm": (0, 4)}.get(op, (0,))
+    return [x.to(dtype) if place in places else x for place, x in enumerate(inputs)]
+
+
+@pytest.fixture(scope="module")
+def _compiled_ahead() -> None:
+    """All kernels of the tests below, many at the same time."""
+    with rehearsal():
+        for shape, dtype in GPU_CASES:
+            for op in OPS:
+                results(OPS[op][0], gpu_inputs(op, shape, dtype), "kernel", ())
+        for tokens in STEP_TOKENS:
+            for dtype in GPU_SHAPES:
+                for op in ("in", "in with a norm"):
+                    OPS[op][0](*gpu_inputs(op, (tokens, 4, 4096), dtype))
+        into()(*gpu_inputs("in", (5000, 4, 4096), torch.bfloat16))
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("_compiled_ahead")
 def test_a_token_on_the_card_does_not_depend_on_its_neighbours() -> None:
     """Among so many that slices are added up in one program, or a program does a row of columns; among few; in a
     step."""
-    x, *parameters = mix_in_inputs(5000, 4, 4096, "cuda")
-    x = x.bfloat16()
+    x, *parameters = gpu_inputs("in", (5000, 4, 4096), torch.bfloat16)
     for sizes in ((5000, 2000, 65, 64, 17), (16, 4, 1)):
         fewest = into()(x[: sizes[-1]], *parameters)
         for tokens in sizes[:-1]:
@@ -189,55 +228,30 @@ def test_a_token_on_the_card_does_not_depend_on_its_neighbours() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 5, 16, 17, 64])
+@pytest.mark.usefixtures("_compiled_ahead")
+@pytest.mark.parametrize("tokens", STEP_TOKENS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_norm_in_the_same_pass_has_the_same_bits(tokens: int, dtype: torch.dtype) -> None:
-    x, *parameters = mix_in_inputs(tokens, 4, 4096, "cuda")
-    x, weight = x.to(dtype), torch.randn(4096, device="cuda").to(dtype)
-    _, y, *coefficients = into()(x, *parameters)
-    _, normed, *others = into_norm()(x, *parameters, weight)
+    *inputs, weight = gpu_inputs("in with a norm", (tokens, 4, 4096), dtype)
+    _, y, *coefficients = into()(*inputs)
+    _, normed, *others = into_norm()(*inputs, weight)
     assert torch.equal(normed, rms_norm(y, weight, 1e-6))
     assert all(torch.equal(one, other) for one, other in zip(coefficients, others, strict=True))
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("_compiled_ahead")
 @pytest.mark.parametrize(("shape", "dtype"), GPU_CASES, ids=str)
-def test_mix_in_norm_compiled(
-    shape: tuple[int, int, int], dtype: torch.dtype, against_reference: Callable[..., None]
+@pytest.mark.parametrize("op", OPS)
+def test_compiled(
+    op: str, shape: tuple[int, int, int], dtype: torch.dtype, against_reference: Callable[..., None]
 ) -> None:
-    x, *parameters = mix_in_inputs(*shape, "cuda")
-    weight = torch.randn(shape[2], device="cuda")
-    against_reference(into_norm(), [x.to(dtype), *parameters, weight.to(dtype)], 2 * TOLERANCES[dtype])
+    roundings = 2 if op == "in with a norm" else 1
+    against_reference(OPS[op][0], gpu_inputs(op, shape, dtype), roundings * TOLERANCES[dtype])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("shape", "dtype"), GPU_CASES, ids=str)
-def test_mix_in_compiled(
-    shape: tuple[int, int, int], dtype: torch.dtype, against_reference: Callable[..., None]
-) -> None:
-    x, *parameters = mix_in_inputs(*shape, "cuda")
-    against_reference(into(), [x.to(dtype), *parameters], TOLERANCES[dtype])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("shape", "dtype"), GPU_CASES, ids=str)
-def test_mix_out_compiled(
-    shape: tuple[int, int, int], dtype: torch.dtype, against_reference: Callable[..., None]
-) -> None:
-    x, out, *coefficients = mix_out_inputs(*shape, "cuda")
-    against_reference(mix_out, [x.to(dtype), out.to(dtype), *coefficients], TOLERANCES[dtype])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("shape", "dtype"), GPU_CASES, ids=str)
-def test_mix_head_compiled(
-    shape: tuple[int, int, int], dtype: torch.dtype, against_reference: Callable[..., None]
-) -> None:
-    x, *parameters = mix_head_inputs(*shape, "cuda")
-    against_reference(head, [x.to(dtype), *parameters], TOLERANCES[dtype])
-
-
-@pytest.mark.gpu
+@pytest.mark.usefixtures("_compiled_ahead")
 def test_coefficients_are_as_exact_as_float32() -> None:
     """bfloat16 streams: post and comb carry no more error than FP32 arithmetic would."""
     x, *parameters = mix_in_inputs(300, 4, 4096, "cuda")
