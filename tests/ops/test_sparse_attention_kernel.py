@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from leadline.ops.dispatch import implementation
 from leadline.ops.reach import Reach
+from leadline.ops.rehearsal import rehearsal
 from leadline.ops.sparse_attention import sparse_attention
 
 MODES = ["window", "entries", "picked"]
@@ -454,54 +456,85 @@ def on_gpu(look_back: Callable[..., Any], *arguments: Any) -> Any:
 
 
 # BF16 is rounded at 2^-9: the probabilities and their gradients before they are multiplied, and every result.
-BOUNDS = [(torch.bfloat16, 8e-3), (torch.float32, 5e-6)]
+BOUNDS = {torch.bfloat16: 8e-3, torch.float32: 5e-6}
+# kernels, dtype, heads, width: those for Hopper where they run at all, and the others with few heads and many.
+GPU_SHAPES = [
+    ("hopper", torch.bfloat16, 64, 512),
+    ("hopper", torch.bfloat16, 100, 128),
+    ("any GPU", torch.bfloat16, 64, 512),
+    ("any GPU", torch.bfloat16, 5, 64),
+    ("any GPU", torch.float32, 64, 512),
+    ("any GPU", torch.float32, 40, 96),
+]
+GPU_LENGTHS = (([1], [700]), ([127], [0]), ([61, 1, 130, 2], [5, 300, 0, 77]))  # and past
 
 
-@pytest.fixture(params=["hopper", "any GPU"])
-def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels for Hopper where they run at all, and the others."""
+@contextmanager
+def kernels_for(generation: str) -> Iterator[None]:
+    """Inside of the block those for Hopper, where they run at all, or the others."""
     from leadline.ops.sparse_attention import kernel
 
-    if request.param == "any GPU":
-        monkeypatch.setattr(kernel, "for_hopper", lambda q: False)
+    with pytest.MonkeyPatch.context() as patch:
+        if generation == "any GPU":
+            patch.setattr(kernel, "for_hopper", lambda q: False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def _compiled_ahead(look_back: Callable[..., Any]) -> None:
+    """All kernels of the tests below, many at the same time: the compiler tells lists of picks apart by whether their
+    length is a multiple of 16."""
+    lengths = [on_gpu(look_back, *lengths, 128, 4, 100, 2) for lengths in GPU_LENGTHS]
+    aligned = on_gpu(look_back, [700, 1, 90], [0, 300, 40], 128, 4, 64)
+    with rehearsal():
+        for generation, dtype, heads, width in GPU_SHAPES:
+            for case in [*lengths, aligned] if (dtype, width) == (torch.bfloat16, 512) else lengths:
+                inputs = operands(case, heads, width, dtype)
+                for mode in MODES:
+                    with kernels_for(generation):
+                        kernel_results(case, mode, inputs, torch.randn_like(inputs[0]))
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("either")
+@pytest.mark.usefixtures("_compiled_ahead")
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("dtype", "bound"), BOUNDS, ids=["bf16", "fp32"])
-@pytest.mark.parametrize(("heads", "width"), [(64, 512), (5, 64), (100, 128), (8, 96)])
+@pytest.mark.parametrize(("generation", "dtype", "heads", "width"), GPU_SHAPES, ids=str)
 def test_on_gpu(
-    look_back: Callable[..., Any], heads: int, width: int, dtype: torch.dtype, bound: float, mode: str
+    look_back: Callable[..., Any], generation: str, dtype: torch.dtype, heads: int, width: int, mode: str
 ) -> None:
-    for lengths, past in (([1], [700]), ([127], [0]), ([61, 1, 130, 2], [5, 300, 0, 77])):
-        check(on_gpu(look_back, lengths, past, 128, 4, 100, 2), mode, heads, width, dtype, bound)
+    with kernels_for(generation):
+        for lengths, past in GPU_LENGTHS:
+            check(on_gpu(look_back, lengths, past, 128, 4, 100, 2), mode, heads, width, dtype, BOUNDS[dtype])
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("_compiled_ahead")
 @pytest.mark.parametrize("mode", MODES)
 def test_4001_tokens_on_gpu(look_back: Callable[..., Any], mode: str) -> None:
     check(on_gpu(look_back, [4001], [0], 128, 4, 512), mode, 64, 512, torch.bfloat16, 8e-3)
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("either")
+@pytest.mark.usefixtures("_compiled_ahead")
+@pytest.mark.parametrize("generation", ["hopper", "any GPU"])
 @pytest.mark.parametrize("mode", MODES)
-def test_two_runs_agree_bitwise_and_wait_for_nobody(look_back: Callable[..., Any], mode: str) -> None:
+def test_two_runs_agree_bitwise_and_wait_for_nobody(look_back: Callable[..., Any], mode: str, generation: str) -> None:
     case = on_gpu(look_back, [700, 1, 90], [0, 300, 40], 128, 4, 64)
     inputs = operands(case, 64, 512, torch.bfloat16)
     do = torch.randn_like(inputs[0])
-    first = kernel_results(case, mode, inputs, do)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        second = kernel_results(case, mode, inputs, do)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with kernels_for(generation):
+        first = kernel_results(case, mode, inputs, do)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            second = kernel_results(case, mode, inputs, do)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     for before, after in zip(first, second, strict=True):
         assert torch.equal(before, after)
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("_compiled_ahead")
 @pytest.mark.parametrize("mode", MODES)
 def test_captured_in_a_graph(look_back: Callable[..., Any], mode: str) -> None:
     case = on_gpu(look_back, [1] * 7, [0, 300, 40, 7, 127, 128, 9], 128, 4, 64)
