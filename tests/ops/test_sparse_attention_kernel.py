@@ -457,15 +457,16 @@ def on_gpu(look_back: Callable[..., Any], *arguments: Any) -> Any:
 
 # BF16 is rounded at 2^-9: the probabilities and their gradients before they are multiplied, and every result.
 BOUNDS = {torch.bfloat16: 8e-3, torch.float32: 5e-6}
-# kernels, dtype, heads, width: those for Hopper where they run at all, and the others with few heads and many.
+# kernels, dtype, heads, width, modes: those for Hopper where they run at all, and the others with few heads and many.
 GPU_SHAPES = [
-    ("hopper", torch.bfloat16, 64, 512),
-    ("hopper", torch.bfloat16, 100, 128),
-    ("any GPU", torch.bfloat16, 64, 512),
-    ("any GPU", torch.bfloat16, 5, 64),
-    ("any GPU", torch.float32, 64, 512),
-    ("any GPU", torch.float32, 40, 96),
+    ("hopper", torch.bfloat16, 64, 512, MODES),
+    ("hopper", torch.bfloat16, 100, 128, MODES),
+    ("any GPU", torch.bfloat16, 64, 512, MODES),
+    ("any GPU", torch.bfloat16, 5, 64, MODES),
+    ("any GPU", torch.float32, 64, 512, ["picked"]),
+    ("any GPU", torch.float32, 40, 96, MODES),
 ]
+GPU_CASES = [(*shape[:4], mode) for shape in GPU_SHAPES for mode in shape[4]]
 GPU_LENGTHS = (([1], [700]), ([127], [0]), ([61, 1, 130, 2], [5, 300, 0, 77]))  # and past
 
 
@@ -487,18 +488,16 @@ def _compiled_ahead(look_back: Callable[..., Any]) -> None:
     lengths = [on_gpu(look_back, *lengths, 128, 4, 100, 2) for lengths in GPU_LENGTHS]
     aligned = on_gpu(look_back, [700, 1, 90], [0, 300, 40], 128, 4, 64)
     with rehearsal():
-        for generation, dtype, heads, width in GPU_SHAPES:
+        for generation, dtype, heads, width, mode in GPU_CASES:
             for case in [*lengths, aligned] if (dtype, width) == (torch.bfloat16, 512) else lengths:
                 inputs = operands(case, heads, width, dtype)
-                for mode in MODES:
-                    with kernels_for(generation):
-                        kernel_results(case, mode, inputs, torch.randn_like(inputs[0]))
+                with kernels_for(generation):
+                    kernel_results(case, mode, inputs, torch.randn_like(inputs[0]))
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("_compiled_ahead")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("generation", "dtype", "heads", "width"), GPU_SHAPES, ids=str)
+@pytest.mark.parametrize(("generation", "dtype", "heads", "width", "mode"), GPU_CASES, ids=str)
 def test_on_gpu(
     look_back: Callable[..., Any], generation: str, dtype: torch.dtype, heads: int, width: int, mode: str
 ) -> None:
