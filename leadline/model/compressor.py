@@ -21,7 +21,7 @@ from leadline.model.linear import Linear, Norm, twin_linear_fp32
 from leadline.model.segment_index import SegmentIndex
 from leadline.model.state import CompressorState
 from leadline.ops.cache_rows import Source
-from leadline.ops.cache_step import Finish, finished, store_entries
+from leadline.ops.cache_step import Finish, NewTokens, Tails, finished, store_entries
 from leadline.ops.gated_pool import gated_pool
 from leadline.ops.norm_rope import Rounding
 from leadline.ops.place_rows import PlaceRows
@@ -62,10 +62,9 @@ class Compressor(nn.Module):
     ) -> Source:
         """The state's own store, once the new tokens and what they finish are in the state."""
         rows, store = index.pool[self.ratio], state.entries
-        store_entries(
-            values_TE, scores_TE, self.ape, index.positions_T, *state.tails, rows.keep_ring, rows.rows_CG, store.dtype,
-            finish, rows.entry_rows_C, store.source,
-        )  # fmt: skip
+        tokens = NewTokens(values_TE, scores_TE, self.ape, index.positions_T)
+        tails = Tails(*state.tails, rows.keep_ring)
+        store_entries(tokens, tails, rows.rows_CG, store.dtype, finish, rows.entry_rows_C, store.source)
         return store.source
 
     def _entries(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from leadline.formats.cache_entry import PackedIndex, PackedKeys, index_widths, key_widths
 from leadline.ops.cache_rows import Source, read_rows
-from leadline.ops.cache_step import Finish, store_entries, store_keys
+from leadline.ops.cache_step import Finish, NewTokens, Tails, store_entries, store_keys
 from leadline.ops.gated_pool import gated_pool
 from leadline.ops.norm_rope import Rounding, norm_rope
 from leadline.ops.rope import rotations
@@ -69,7 +69,7 @@ def test_entries_token_by_token(overlap: bool, new: int) -> None:
         rows = torch.where(behind < first, ring + behind % ring, 2 * ring + behind - first)
         finished = (token + 1) % ratio == 0
         store_entries(
-            values[token], scores[token], ape, token, kept_values, kept_scores, ring + token % ring,
+            NewTokens(values[token], scores[token], ape, token), Tails(kept_values, kept_scores, ring + token % ring),
             torch.where(behind < 0, -1, rows), torch.float32,
             Finish(weight, 1e-6, angles[0][token // ratio], angles[1][token // ratio], None),
             torch.where(finished, token // ratio, -1), target,
@@ -81,8 +81,9 @@ def test_a_step_without_an_entry_keeps_its_tokens() -> None:
     tails, target = (torch.zeros(8, 16), torch.zeros(8, 16)), torch.full((2, 16), 3.0)
     values, scores, ape = torch.randn(2, 16), torch.randn(2, 16), torch.randn(8, 16)
     store_entries(
-        values, scores, ape, torch.tensor([9, 3]), *tails, torch.tensor([1, 3]), torch.zeros(0, 8, dtype=torch.int64),
-        torch.float32, finish(0, 16, 4, None), torch.zeros(0, dtype=torch.int64), target,
+        NewTokens(values, scores, ape, torch.tensor([9, 3])), Tails(*tails, torch.tensor([1, 3])),
+        torch.zeros(0, 8, dtype=torch.int64), torch.float32, finish(0, 16, 4, None),
+        torch.zeros(0, dtype=torch.int64), target,
     )  # fmt: skip
     assert torch.equal(tails[0][[1, 3]], values)
     assert torch.equal(tails[1][[1, 3]], scores + ape[[1, 3]])

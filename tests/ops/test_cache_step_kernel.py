@@ -8,7 +8,7 @@ from torch import Tensor
 
 from leadline.formats.cache_entry import PackedIndex, PackedKeys, index_widths, key_widths
 from leadline.ops.cache_rows import Source, operands, read_rows
-from leadline.ops.cache_step import Finish, store_entries, store_keys
+from leadline.ops.cache_step import Finish, NewTokens, Tails, store_entries, store_keys
 from leadline.ops.dispatch import Implementation, implementation
 from leadline.ops.norm_rope import Rounding
 from leadline.ops.rope import rotations
@@ -91,10 +91,8 @@ def check_entries(
     for name, target in choices:
         kept.append((old_values.clone(), old_scores.clone()))
         with implementation(name):
-            store_entries(
-                values, scores, ape, positions, *kept[-1], slot * ring + positions % ring, slots, dtype, how, rows,
-                target,
-            )  # fmt: skip
+            tails = Tails(*kept[-1], slot * ring + positions % ring)
+            store_entries(NewTokens(values, scores, ape, positions), tails, slots, dtype, how, rows, target)
     for ours, theirs in zip(*kept, strict=True):
         assert torch.equal(ours, theirs)
     with implementation("reference"):
@@ -127,8 +125,8 @@ def test_no_entry_interpreted() -> None:
     nothing = torch.zeros(0, dtype=torch.int64)
     with implementation("kernel"):
         store_entries(
-            values, scores, ape, torch.tensor([9, 3]), *tails, torch.tensor([1, 3]), nothing.view(0, 8), torch.float32,
-            finish(0, 16, 4, None, values), nothing, target,
+            NewTokens(values, scores, ape, torch.tensor([9, 3])), Tails(*tails, torch.tensor([1, 3])),
+            nothing.view(0, 8), torch.float32, finish(0, 16, 4, None, values), nothing, target,
         )  # fmt: skip
     assert torch.equal(tails[0][[1, 3]], values)
     assert torch.equal(tails[1][[1, 3]], scores + ape[[1, 3]])

@@ -6,10 +6,17 @@ import torch
 from torch import Tensor
 
 from leadline.ops.cache_rows import Source, operands
-from leadline.ops.cache_step.reference import Finish, finished, store_entries_reference, store_keys_reference
+from leadline.ops.cache_step.reference import (
+    Finish,
+    NewTokens,
+    Tails,
+    finished,
+    store_entries_reference,
+    store_keys_reference,
+)
 from leadline.ops.dispatch import use_kernel
 
-__all__ = ["Finish", "finished", "store_entries", "store_keys"]
+__all__ = ["Finish", "NewTokens", "Tails", "finished", "store_entries", "store_keys"]
 
 
 def store_keys(x_TK: Tensor, finish: Finish, rows_T: Tensor, target: Source) -> None:
@@ -28,33 +35,20 @@ def store_keys(x_TK: Tensor, finish: Finish, rows_T: Tensor, target: Source) -> 
 
 
 def store_entries(
-    values_TE: Tensor,
-    scores_TE: Tensor,
-    ape_RE: Tensor,
-    positions_T: Tensor,
-    values_YE: Tensor,
-    scores_YE: Tensor,
-    tail_rows_T: Tensor,
-    slots_CG: Tensor,
-    dtype: torch.dtype,
-    finish: Finish,
-    rows_C: Tensor,
+    tokens: NewTokens, tails: Tails, slots_CG: Tensor, dtype: torch.dtype, finish: Finish, rows_C: Tensor,
     target: Source,
-) -> None:
+) -> None:  # fmt: skip
     """The step of a compressor (report 2.3.1, 2.3.2): the tails take in the new tokens, and every entry that a token
     finishes is pooled as in `gated_pool`, then finished and stored as in `store_keys`.
 
-    values_TE, scores_TE: FP32, of the new tokens, whose scores get the bias ape[position mod R]. values_YE, scores_YE:
-    the tails, FP32, bias included. tail_rows_T: int64, the rows of the new tokens there. slots_CG: int64, for every
-    slot of an entry a row y < Y of the tails, or Y + t for new token t, -1 = empty; a tail row that an entry names is
-    none of those that are written. dtype: of the entries once they are pooled. finish: with one angle for each of the
-    C. rows_C: int64, the row of each entry, -1 = not finished, which costs nothing. Tails and target are changed in
-    place. Not differentiable.
+    slots_CG: int64, for every slot of an entry a row y < Y of the tails, or Y + t for new token t, -1 = empty; a tail
+    row that an entry names is none of those that are written. dtype: of the entries once they are pooled. finish: with
+    one angle for each of the C. rows_C: int64, the row of each entry, -1 = not finished, which costs nothing. Tails and
+    target are changed in place. Not differentiable.
     """
-    new_and_tails = values_TE, scores_TE, ape_RE, positions_T, values_YE, scores_YE, tail_rows_T, slots_CG
-    if use_kernel("store_entries", values_TE):
+    if use_kernel("store_entries", tokens.values_TE):
         from leadline.ops.cache_step.kernel import store_entries_kernel
 
-        store_entries_kernel(*new_and_tails, dtype, *finish, rows_C, *operands(target))
+        store_entries_kernel(*tokens, *tails, slots_CG, dtype, *finish, rows_C, *operands(target))
     else:
-        store_entries_reference(*new_and_tails, dtype, finish, rows_C, target)
+        store_entries_reference(tokens, tails, slots_CG, dtype, finish, rows_C, target)

@@ -204,21 +204,7 @@ def _shape(width: int, cos: Tensor, rounding: str | None, device: torch.device) 
     }
 
 
-def _no_keys(
-    x_TK: Tensor,
-    weight_K: Tensor,
-    eps: float,
-    cos_TP: Tensor,
-    sin_TP: Tensor,
-    rounding: str | None,
-    rows_T: Tensor,
-    values: Tensor,
-    scales: Tensor | None,
-) -> None:
-    return None
-
-
-@opaque(_no_keys, changes=("values", "scales"))
+@opaque(lambda *_: None, changes=("values", "scales"))
 def store_keys_kernel(
     x_TK: Tensor,
     weight_K: Tensor,
@@ -238,29 +224,7 @@ def store_keys_kernel(
     )  # fmt: skip
 
 
-def _no_entries(
-    values_TE: Tensor,
-    scores_TE: Tensor,
-    ape_RE: Tensor,
-    positions_T: Tensor,
-    values_YE: Tensor,
-    scores_YE: Tensor,
-    tail_rows_T: Tensor,
-    slots_CG: Tensor,
-    dtype: torch.dtype,
-    weight_K: Tensor,
-    eps: float,
-    cos_CP: Tensor,
-    sin_CP: Tensor,
-    rounding: str | None,
-    rows_C: Tensor,
-    values: Tensor,
-    scales: Tensor | None,
-) -> None:
-    return None
-
-
-@opaque(_no_entries, changes=("values_YE", "scores_YE", "values", "scales"))
+@opaque(lambda *_: None, changes=("values_YE", "scores_YE", "values", "scales"))
 def store_entries_kernel(
     values_TE: Tensor,
     scores_TE: Tensor,
@@ -280,7 +244,8 @@ def store_entries_kernel(
     values: Tensor,
     scales: Tensor | None,
 ) -> None:
-    """`store_entries` for a target as `cache_rows.operands` gives it."""
+    """`store_entries` with everything taken apart, as an operation of torch has to be, and a target as
+    `cache_rows.operands` gives it."""
     (tokens, columns), (entries, slots), width = values_TE.shape, slots_CG.shape, len(weight_K)
     store_entries_fwd_kernel[(entries + tokens,)](
         values_TE.contiguous(), scores_TE.contiguous(), ape_RE.contiguous(), positions_T.contiguous(),

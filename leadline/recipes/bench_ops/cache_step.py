@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leadline.ops.cache_step import Finish, store_entries, store_keys
+from leadline.ops.cache_step import Finish, NewTokens, Tails, store_entries, store_keys
 from leadline.ops.rope import rotations
 from leadline.ops.twin_product import twin_product
 from leadline.recipes.bench_ops.case import BF16, FP32, Case, Cost, D, Inputs, K, R, random
@@ -59,10 +59,8 @@ def _entries(count: int, ratio: int) -> Case:
         tail_rows: Tensor, slots: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, rows: Tensor,
         target: Tensor,
     ) -> Tensor:  # fmt: skip
-        store_entries(
-            values, scores, ape, positions, tail_values, tail_scores, tail_rows, slots, target.dtype,
-            Finish(weight, 1e-6, cos, sin, None), rows, target,
-        )  # fmt: skip
+        new, tails = NewTokens(values, scores, ape, positions), Tails(tail_values, tail_scores, tail_rows)
+        store_entries(new, tails, slots, target.dtype, Finish(weight, 1e-6, cos, sin, None), rows, target)
         return target
 
     read = 2 * count * K * slots * FP32
