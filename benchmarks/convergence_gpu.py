@@ -8,8 +8,9 @@ bfloat16. The loss of a run is the mean of its last quarter. The run with kernel
 `TOLERANCE` of that of the references in bfloat16; the run in FP32 shows what rounding alone does to it.
 
 Kernels and references round differently, so their runs part after a few steps like any two runs; what must agree is
-how well they learn. On a CPU, with 40 steps, bfloat16 and FP32 end 0.0007 apart, other starts with other tokens 0.02 to
-0.04, and the loss falls from 6.4 to 3.1.
+how well they learn. Equal runs that round differently ended 0.0007 (bfloat16 and FP32 on a CPU) and 0.0045 (references
+and kernels on an H100) apart after 40 steps, runs with other starts and tokens 0.02 to 0.04; the loss falls from 6.4 to
+3.1.
 
 The kernels are compiled ahead, in a `rehearsal` of the first steps.
 
@@ -52,7 +53,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = NANO.replace(vocab_size=512)
 LENGTHS = (700, 300, 24)  # of the sequences of a segment
 LR, WARMUP, CLIP = 1e-2, 10, 1.0
-TOLERANCE = 0.01  # nats
+TOLERANCE = 0.02  # nats
 REHEARSED = 4  # steps, of which the first attends to everything and the others pick
 
 

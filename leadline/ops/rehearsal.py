@@ -6,6 +6,9 @@ goes through the same work once without launching anything: each kernel is hande
 would have written is zero. The compiler's passes and the assembler run outside of Python's lock, so the threads do not
 wait for one another. Afterwards the kernels are in memory, and in Triton's cache on disk.
 
+Triton compiles without launching where a launch asks for it (`warmup`); here every launch is made to ask, since those
+of the ops are many and what they are given depends on what came before.
+
 What is rehearsed must not ask for more of its numbers than that they are there. Zero is a valid index, count and
 offset everywhere, so operations of torch in between run as they are.
 """

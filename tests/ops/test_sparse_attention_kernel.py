@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -263,18 +262,6 @@ def test_slots_in_any_order() -> None:
     start, stop = queries_of_entries(first, visible, 24)
     seen = [[t for t in range(8) if first[t] <= c < first[t] + visible[t]] for c in range(24)]
     assert [list(range(int(a), int(b))) for a, b in zip(start, stop, strict=True)] == seen
-
-
-@pytest.fixture(scope="module")
-def gluon() -> Any:
-    """The stand-in for an interpreter of Gluon, which Triton has not."""
-    spec = importlib.util.spec_from_file_location("gluon_interpreter", Path(__file__).with_name("gluon_interpreter.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
