@@ -109,6 +109,14 @@ def test_results_show_the_latest_run_of_each_machine(tool, tmp_path):
     assert "`python benchmarks/prefill.py` on 2 cores, 2026-02-01, commit 012345678; torch 2.13.0." in text
 
 
+def test_long_tables_are_folded(tool, tmp_path):
+    rows = [result(row={"tokens": 2**number}) for number in range(tool["LONGEST_TABLE"] + 1)]
+    source(tmp_path, "benchmarks/results/small/prefill.jsonl", "".join(rows))
+    assert "<summary><b>Prefill</b> (21 rows)</summary>\n\n| tokens |" in tool["result_tables"](tmp_path)
+    source(tmp_path, "benchmarks/results/small/prefill.jsonl", "".join(rows[1:]))
+    assert tool["result_tables"](tmp_path).startswith("**Prefill**\n\n| tokens |")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -42,6 +42,7 @@ CASES = {
 }
 # Stored, but too many rows for a page; another table sums them up.
 STORED_ONLY = {"v32_layer"}
+LONGEST_TABLE = 20  # rows; a longer one is folded away behind its title
 RESULT_KEYS = {"benchmark", "title", "command", "machine", "time", "commit", "versions", "row"}
 
 
@@ -122,7 +123,11 @@ def _table(rows: list[dict[str, Any]]) -> str:
     dates, commits = (sorted({row[key][:length] for row in rows}) for key, length in (("time", 10), ("commit", 9)))
     what = f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
     caption = f"`{run['command']}` on {run['machine']}, {' and '.join(dates)}, {what}; {versions}."
-    return "\n".join([f"**{run['title']}**", "", *(f"| {' | '.join(cells)} |" for cells in lines), "", caption])
+    table = ["", *(f"| {' | '.join(cells)} |" for cells in lines), "", caption]
+    if len(body) <= LONGEST_TABLE:
+        return "\n".join([f"**{run['title']}**", *table])
+    summary = f"<summary><b>{run['title']}</b> ({len(body)} rows)</summary>"
+    return "\n".join(["<details>", summary, *table, "", "</details>"])
 
 
 def generated(readme: str, root: Path) -> str:
