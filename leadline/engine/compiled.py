@@ -108,7 +108,7 @@ class CompiledStep(FixedStep):
         )
 
     @torch.no_grad()
-    def _compute(self) -> tuple[Output, Tensor]:
+    def compute(self) -> tuple[Output, Tensor]:
         model, state = self._model, self._state
         index, x_TSD = self._begin(model, self._segment, state)
         features: list[Tensor] = []

@@ -7,8 +7,9 @@
 
 A step takes parts of many sequences through the model: one token of those that answer, chunks of the prompts of those
 that begin. Between two steps everything is settled: each sequence's tokens, how many of them its state has taken in,
-and who holds which page; requests come, go and are cancelled there. A pass that fails changes nothing that was said:
-the sequences in it give up their state and compute it again.
+and who holds which page; requests come, go and are cancelled there. Only the step to come may be launched already, if
+all that run just decode (`launched.py`). A pass that fails changes nothing that was said: the sequences in it give up
+their state and compute it again.
 
 With `speculate`, the MTP block or the draft stages guess tokens to come (`drafter.py`), and the guesses are fed
 together with the last token that is known. When a guess is wrong, nothing has to be undone: the rows that it wrote in
@@ -17,21 +18,22 @@ rings and pages are exactly those that the right tokens will overwrite, and no q
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
-from torch import Tensor
 
 from leadline.engine.compiled import CompiledStep, require_compilable
 from leadline.engine.disk import DiskCache
 from leadline.engine.drafter import Drafter, drafter_of
 from leadline.engine.graph import FixedSteps, StepGraph
+from leadline.engine.launched import Launched, piece_of, rows_behind
 from leadline.engine.memory import Memory
 from leadline.engine.prefix import PERIODIC, WindowPolicy
 from leadline.engine.request import Request, RequestError
-from leadline.engine.runner import Piece, Runner
+from leadline.engine.runner import Runner
 from leadline.engine.sampler import draw, draw_of
 from leadline.engine.scheduler import Candidate, Plan, Share, admit_drafts, plan
 from leadline.engine.sequence import Event, Finish, Sequence, Token, Usage
@@ -39,6 +41,7 @@ from leadline.model.page_table import PAGE_TOKENS
 from leadline.model.state import State
 from leadline.model.transformer import Transformer
 from leadline.ops.invariance import batch_invariant, check_batch_invariance
+from leadline.ops.transfer import send
 
 PATIENCE_STEPS = 64
 """Steps without a fault after which steps that had to become smaller grow again."""
@@ -55,7 +58,9 @@ class Settings:
     adds to the time of a step, relative to a step without any; the higher, the surer a guess of the draft stages has to
     be (`admit_drafts`). batch_invariant: a sequence's logits are the same bits whatever else is served and however its
     prompt is cut or cached (`ops/invariance.py`); slower, above all on a GPU, where no step is captured then.
-    compile_steps: on the CPU, compile the decoding steps of each shape when it first comes up (`compiled.py`).
+    compile_steps: on the CPU, compile the decoding steps of each shape when it first comes up (`compiled.py`). overlap:
+    launch decoding steps before the tokens of those before them are known (`launched.py`); None: where steps are
+    captured and nobody guesses.
     """
 
     slots: int = 8
@@ -68,6 +73,7 @@ class Settings:
     draft_cost: float = 0.0
     batch_invariant: bool = False
     compile_steps: bool = False
+    overlap: bool | None = None
 
 
 class Engine:
@@ -84,6 +90,8 @@ class Engine:
             raise ValueError("compile_steps and batch_invariant exclude each other: compiled sums have other bits")
         if settings.compile_steps:
             require_compilable(model)
+        if settings.overlap and settings.speculate:
+            raise ValueError("overlap and speculate exclude each other: guesses wait for the token that they follow")
         config, weight = model.config, model.embed.weight
         self.settings = settings
         most = min(settings.pages * PAGE_TOKENS, config.max_position_embeddings)
@@ -101,6 +109,11 @@ class Engine:
         )
         self.runner = Runner(model, state, _fixed_steps(model, state, settings))
         self.memory = Memory(state, settings.slots, settings.policy, settings.block_bytes, disk)
+        self._overlaps = settings.overlap
+        if self._overlaps is None:
+            self._overlaps = self.runner.captures and self.drafter is None
+        self._launched: Launched | None = None
+        self._admission_is_due = False  # whether somebody came or left since nobody could be let in
         self.step_tokens = settings.step_tokens
         self._clean_steps, self._patience = 0, PATIENCE_STEPS
         self.waiting: list[Sequence] = []
@@ -136,6 +149,7 @@ class Engine:
         sequence = Sequence(self._next_number, request, self.drafter.name if self.drafter else "")
         self._next_number += 1
         self.waiting.append(sequence)
+        self._admission_is_due = True
         ends = next((finish for token in said if (finish := sequence.append(token))), None)
         if ends is not None:
             self._end(sequence, ends)
@@ -179,22 +193,40 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Run whatever is due through the model; returns what it added to whom."""
-        self._admit()
-        shares = self._plan()
-        # Tokens that continue look their past up where it lies, chunks of prompts gather theirs: passes of their own.
-        passes: dict[int, list[tuple[Sequence, Share]]] = {}
-        for sequence, share in shares:
-            passes.setdefault(self._step_length(sequence, share), []).append((sequence, share))
+        launched, self._launched = self._launched, None
         self._clean_steps += 1
         with batch_invariant() if self.settings.batch_invariant else nullcontext():
-            for length, part in passes.items():
-                try:
-                    self._run(part, step=length > 0)
-                except torch.OutOfMemoryError as error:
-                    self._survive(part, error)
+            if launched is not None and launched.alive:
+                with self._surviving(launched.shares):
+                    self._finish(launched)
+            else:
+                self.admit()
+                for part in self._passes():
+                    with self._surviving(part):
+                        self._finish(self._launch(part))
         self._regrow()
         events, self._events = self._events, []
         return events
+
+    def _passes(self) -> Iterable[list[tuple[Sequence, Share]]]:
+        """The next step. Tokens that continue look their past up where it lies, chunks of prompts gather theirs: passes
+        of their own."""
+        passes: dict[int, list[tuple[Sequence, Share]]] = {}
+        for sequence, share in self._plan():
+            passes.setdefault(self._step_length(sequence, share), []).append((sequence, share))
+        return passes.values()
+
+    def _shares_behind(self, sequences: list[Sequence]) -> list[tuple[Sequence, Share]]:
+        """Shares of the token that is being drawn for each of some sequences, with the pages for it; none when there is
+        not room for all of them."""
+        chosen = self._planned([_candidate_behind(sequence) for sequence in sequences])
+        if len(chosen.shares) < len(sequences):
+            return []
+        by_number = {share.number: share for share in chosen.shares}
+        shares = [(sequence, by_number[sequence.number]) for sequence in sequences]
+        for sequence, share in shares:
+            self.memory.grow(sequence, share.new_pages)
+        return shares
 
     def _plan(self) -> list[tuple[Sequence, Share]]:
         by_number = {sequence.number: sequence for sequence in self.running}
@@ -241,21 +273,57 @@ class Engine:
         is_step = length <= 1 + self.memory.state.spare_tokens and sequence.seen >= sequence.written
         return length if is_step else 0
 
-    def _run(self, shares: list[tuple[Sequence, Share]], step: bool) -> None:
-        pieces = [_piece(sequence, share) for sequence, share in shares]
-        output, logits_NV = self.runner.run(pieces, step)
-        sampling = [(s, share) for (s, share), piece in zip(shares, pieces, strict=True) if piece.wanted]
-        drawn = _draw(sampling, logits_NV)
-        for sequence, share in shares:
-            self._commit(sequence, share, drawn.get(sequence.number, []))
-        if self.drafter is not None:
-            fed = [(sequence, piece) for (sequence, _), piece in zip(shares, pieces, strict=True)]
-            for sequence, guess in self.drafter.guess(self.runner, output, fed):
+    def _launch(self, shares: list[tuple[Sequence, Share]]) -> Launched:
+        """Queue a pass, and the drawing of the tokens behind it."""
+        pieces = [piece_of(sequence, share) for sequence, share in shares]
+        output, logits_NV = self.runner.run(pieces, step=self._step_length(*shares[0]) > 0)
+        due = [(sequence, share) for (sequence, share), piece in zip(shares, pieces, strict=True) if piece.wanted]
+        owners = [(sequence, place) for sequence, share in due for place in range(1 + share.drafts)]
+        drawn = draw(logits_NV, [draw_of(*owner) for owner in owners]) if owners else None
+        decodes = all(share.tokens == sequence.pending == 1 and not share.drafts for sequence, share in shares)
+        return Launched(shares, owners, drawn, decodes, output, pieces)
+
+    def _launch_behind(self, launched: Launched) -> Launched | None:
+        """Queue the decoding step behind a pass whose tokens are not known yet; None where it has to wait for them, or
+        for somebody who may come in."""
+        if not self._overlaps or (self.waiting and self._admission_is_due):
+            return None
+        rows = rows_behind(launched, self.running)
+        sequences = [launched.shares[row][0] for row in rows]
+        shares = self._shares_behind(sequences)
+        if launched.drawn is None or not shares:
+            return None
+        for sequence in sequences:
+            block = self.memory.block_at_end(sequence)
+            if block is not None:
+                launched.blocks[sequence.number] = block
+        ids_N = launched.drawn.ids_N
+        tokens_N = ids_N if len(rows) == len(ids_N) else ids_N[send(torch.tensor(rows), ids_N.device)]
+        past, slots = [len(sequence.tokens) for sequence in sequences], [cast("int", s.slot) for s in sequences]
+        drawn = draw(self.runner.decode(tokens_N, past, slots), [draw_of(sequence, 1) for sequence in sequences])
+        return Launched(shares, [(sequence, 0) for sequence in sequences], drawn, decodes=True)
+
+    def _finish(self, launched: Launched) -> None:
+        """Take in what a pass did, when the step behind it is on its way. If that one fails, the tokens of this one are
+        known all the same."""
+        try:
+            self._launched = self._launch_behind(launched)
+        finally:
+            self._take_in(launched)
+
+    def _take_in(self, launched: Launched) -> None:
+        drawn = launched.tokens()
+        for sequence, share in launched.shares:
+            if sequence.slot is not None:
+                self._commit(sequence, share, drawn.get(sequence.number, []))
+        if self.drafter is not None and launched.output is not None:
+            fed = [(sequence, piece) for (sequence, _), piece in zip(launched.shares, launched.pieces, strict=True)]
+            for sequence, guess in self.drafter.guess(self.runner, launched.output, fed):
                 sequence.propose(guess.tokens, guess.survival)
                 self.num_damaged_drafts += guess.damaged
-        for sequence, _ in shares:
+        for sequence, _ in launched.shares:
             if sequence.slot is not None:
-                self.memory.settle(sequence)
+                self.memory.settle(sequence, launched.blocks.get(sequence.number))
 
     def _commit(self, sequence: Sequence, share: Share, drawn: list[Token | None]) -> None:
         """Take in what the pass did for a sequence. drawn: a token for each draft that was right and one more, the last
@@ -280,8 +348,9 @@ class Engine:
 
     # -- come and go -----------------------------------------------------------------------------------------------
 
-    def _admit(self) -> None:
+    def admit(self) -> None:
         """Let waiting sequences in, in order, while a slot and all pages of their tokens are free."""
+        self._admission_is_due = False
         for sequence in sorted(self.waiting, key=lambda s: s.order):
             if not self.memory.start(sequence, len(self.running)):
                 return
@@ -289,16 +358,20 @@ class Engine:
             self.running.append(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.memory.release(sequence)
+        self._release(sequence)
         self.running.remove(sequence)
         self.waiting.append(sequence)
         self.num_preempted += 1
 
     def _end(self, sequence: Sequence, finish: Finish, error: str | None = None) -> None:
-        self.memory.release(sequence)
+        self._release(sequence)
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         self._usage[sequence.number] = sequence.usage
         self._events.append(Event(sequence.number, finish=finish, error=error))
+
+    def _release(self, sequence: Sequence) -> None:
+        self.memory.release(sequence)
+        self._admission_is_due = True
 
     def _emit(self, sequence: Sequence, tokens: Iterable[Token]) -> None:
         if tokens:
@@ -306,17 +379,25 @@ class Engine:
 
     # -- faults ----------------------------------------------------------------------------------------------------
 
-    def _survive(self, shares: list[tuple[Sequence, Share]], error: torch.OutOfMemoryError) -> None:
-        """The card's memory was not enough for the pass. Its sequences compute their state again, in smaller steps;
-        when steps cannot get smaller, the longest of them ends with the error. `_regrow` undoes that."""
-        self._clean_steps = 0
+    @contextmanager
+    def _surviving(self, shares: list[tuple[Sequence, Share]]) -> Generator[None]:
+        """Around a pass of some sequences and what is launched behind it."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            self._survive([sequence for sequence, _ in shares if sequence.slot is not None], error)
+
+    def _survive(self, sequences: list[Sequence], error: torch.OutOfMemoryError) -> None:
+        """The card's memory was not enough for the sequences of a pass. They compute their state again, in smaller
+        steps; when steps cannot get smaller, the longest of them ends with the error. `_regrow` undoes that."""
+        self._clean_steps, self._launched = 0, None
         if self.step_tokens > PAGE_TOKENS:
             self.step_tokens = max(PAGE_TOKENS, self.step_tokens // 2)
-        else:
-            longest = max((sequence for sequence, _ in shares), key=lambda s: len(s.tokens))
+        elif sequences:
+            longest = max(sequences, key=lambda s: len(s.tokens))
             self._end(longest, Finish.ERROR, f"out of memory: {str(error).splitlines()[0]}")
-        for sequence, _ in shares:
-            if sequence in self.running:
+        for sequence in sequences:
+            if sequence.slot is not None:
                 self._preempt(sequence)
 
     def _regrow(self) -> None:
@@ -337,26 +418,6 @@ def _fixed_steps(model: Transformer, state: State, settings: Settings) -> FixedS
     return FixedSteps(model, state, settings.slots, CompiledStep) if settings.compile_steps else None
 
 
-def _piece(sequence: Sequence, share: Share) -> Piece:
-    assert sequence.slot is not None
-    known = sequence.tokens[sequence.seen : sequence.seen + share.tokens]
-    due = share.tokens == sequence.pending
-    tokens = (*known, *sequence.drafts[: share.drafts])
-    return Piece(tokens, sequence.seen, sequence.slot, 1 + share.drafts if due else 0)
-
-
-def _draw(sampling: list[tuple[Sequence, Share]], logits_NV: Tensor) -> dict[int, list[Token | None]]:
-    """The tokens of each sequence that has some due: one, and another behind each draft that turned out right."""
-    owners = [(sequence, place) for sequence, share in sampling for place in range(1 + share.drafts)]
-    drawn: dict[int, list[Token | None]] = {}
-    if not owners:
-        return drawn
-    for (sequence, place), token in zip(owners, draw(logits_NV, [draw_of(*owner) for owner in owners]), strict=True):
-        before = drawn.setdefault(sequence.number, [])
-        if len(before) == place and (place == 0 or _id(before[-1]) == sequence.drafts[place - 1]):
-            before.append(token)
-    return drawn
-
-
-def _id(token: Token | None) -> int | None:
-    return None if token is None else token.id
+def _candidate_behind(sequence: Sequence) -> Candidate:
+    """A decoding sequence as it will be when its next token is known."""
+    return Candidate(sequence.number, sequence.order, len(sequence.tokens), 1, 0, len(sequence.pages))

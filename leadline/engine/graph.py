@@ -23,6 +23,7 @@ from leadline.model.page_table import PAGE_TOKENS, num_pages
 from leadline.model.segment import Segment
 from leadline.model.state import State
 from leadline.model.transformer import Output, Transformer
+from leadline.ops.transfer import fill
 
 WARM_UP_RUNS = 2
 
@@ -43,15 +44,17 @@ class FixedStep(ABC):
         """Seconds that went into compiling the step; a capture takes none to speak of."""
         return 0.0
 
-    def run(self, tokens: ListOf[int], positions: ListOf[int], slots: ListOf[int]) -> tuple[Output, Tensor]:
-        """Output and logits of all rows, padding included; the next run may overwrite them."""
-        for place, values in ((self._tokens_T, tokens), (self._positions_T, positions), (self._slots_N, slots)):
-            place.copy_(torch.tensor(values, dtype=torch.int64), non_blocking=True)
-        return self._compute()
+    def run(self, tokens_T: Tensor, positions: ListOf[int], slots: ListOf[int]) -> tuple[Output, Tensor]:
+        """Output and logits of all rows, padding included; the next run may overwrite them. tokens_T: int64, on the
+        host or on the device. The device is not waited for."""
+        fill(self._tokens_T, tokens_T)
+        fill(self._positions_T, torch.tensor(positions))
+        fill(self._slots_N, torch.tensor(slots))
+        return self.compute()
 
     @abstractmethod
-    def _compute(self) -> tuple[Output, Tensor]:
-        """The step with what the tensors hold now."""
+    def compute(self) -> tuple[Output, Tensor]:
+        """The step with what its tensors hold. Repeated, it writes the same values into the same rows."""
 
     @torch.no_grad()
     def predict_second(self, output: Output, next_T: Tensor) -> Tensor:
@@ -65,7 +68,7 @@ class StepGraph(FixedStep):
     _graph: torch.cuda.CUDAGraph | None = None
     _result: tuple[Output, Tensor] | None = None
 
-    def _compute(self) -> tuple[Output, Tensor]:
+    def compute(self) -> tuple[Output, Tensor]:
         if self._graph is None:
             self._capture()
         assert self._graph is not None
@@ -102,21 +105,27 @@ class FixedSteps:
         self._steps: dict[tuple[int, int, int], FixedStep] = {}
         self._latest: tuple[Output, FixedStep] | None = None
 
-    def run(self, tokens: ListOf[ListOf[int]], past: ListOf[int], slots: ListOf[int]) -> tuple[Output, Tensor]:
-        """A step that brings the same number of tokens of each sequence. The rows of the padding come last."""
-        length, padding = len(tokens[0]), power_of(2, len(tokens)) - len(tokens)
+    def run(self, tokens_T: Tensor, past: ListOf[int], slots: ListOf[int]) -> tuple[Output, Tensor]:
+        """A step that brings the same number of tokens of each sequence; they are int64, on the host or on the device.
+        The rows of the padding come last."""
+        length, padding = len(tokens_T) // len(past), power_of(2, len(past)) - len(past)
         longest = self._longest(max(past) + length)
-        key = len(tokens) + padding, length, longest
+        key = len(past) + padding, length, longest
         if key not in self._steps:
             self._steps[key] = self._make(self._model, self._state, *key)
         step = self._steps[key]
         output, logits_TV = step.run(
-            [token for run in tokens for token in run] + [0] * (padding * length),
+            torch.nn.functional.pad(tokens_T, (0, padding * length)) if padding else tokens_T,
             [first + place for first in past for place in range(length)] + [0] * (padding * length),
             [*slots, *[self._padding_slot] * padding],
         )
         self._latest = output, step
         return output, logits_TV
+
+    @property
+    def made(self) -> list[FixedStep]:
+        """The steps so far, in the order in which their shapes came up."""
+        return list(self._steps.values())
 
     @property
     def compile_seconds(self) -> float:

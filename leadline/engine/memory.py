@@ -92,8 +92,15 @@ class Memory:
             return self.policy.next_cut(sequence.seen, prompt_tokens, PAGE_TOKENS)
         return None if self.policy.kind == "zero" else (sequence.seen // PAGE_TOKENS + 1) * PAGE_TOKENS
 
-    def settle(self, sequence: Sequence) -> None:
-        """After a step: pages that are full now go into the prefix cache, and the fixed block where it is kept."""
+    def block_at_end(self, sequence: Sequence) -> FixedBlock | None:
+        """A copy of the fixed block of a decoding sequence whose last token is on its way into the state, if `settle`
+        may keep it; None where no page ends."""
+        keeps = self.policy.kind != "zero" and len(sequence.tokens) % PAGE_TOKENS == 0
+        return self.state.snapshot(sequence.slot) if keeps and sequence.slot is not None else None
+
+    def settle(self, sequence: Sequence, block: FixedBlock | None = None) -> None:
+        """After a step: pages that are full now go into the prefix cache, and the fixed block where it is kept. block:
+        a copy of it, where the state has moved on already."""
         changed = False
         assert sequence.node is not None
         self.prefix.add_links(sequence.links, sequence.tokens, sequence.request.namespace)
@@ -104,7 +111,7 @@ class Memory:
         if changed:
             self._assign(sequence)
         if sequence.node.page is not None and sequence.seen == sequence.node.depth * PAGE_TOKENS:
-            self._keep_block(sequence)
+            self._keep_block(sequence, block)
         if full and self.disk is not None:
             self._store(full, self.disk, passing=False)
 
@@ -125,7 +132,7 @@ class Memory:
         sequence.pages[depth] = known
         return True
 
-    def _keep_block(self, sequence: Sequence) -> None:
+    def _keep_block(self, sequence: Sequence, block: FixedBlock | None) -> None:
         node = sequence.node
         assert node is not None
         assert sequence.slot is not None
@@ -134,7 +141,7 @@ class Memory:
         if node.block is not None:
             node.passing = node.passing and not keeps
         elif keeps or (self.policy.kind != "zero" and sequence.seen >= prompt_tokens):
-            self.prefix.keep_block(node, self.state.snapshot(sequence.slot), passing=not keeps)
+            self.prefix.keep_block(node, block or self.state.snapshot(sequence.slot), passing=not keeps)
 
     def _assign(self, sequence: Sequence) -> None:
         assert sequence.slot is not None

@@ -12,6 +12,7 @@ from leadline.engine.graph import FixedSteps
 from leadline.model.segment import Segment
 from leadline.model.state import State
 from leadline.model.transformer import DraftBlocks, Output, Transformer
+from leadline.ops.transfer import send
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,19 @@ class Runner:
         self.model, self.state, self.steps = model, state, steps
         self.device = model.embed.weight.device
 
+    @property
+    def captures(self) -> bool:
+        """Whether decoding steps are captured, so that to launch one is next to no work."""
+        return self.steps is not None and self.device.type == "cuda"
+
     @torch.no_grad()
     def run(self, pieces: ListOf[Piece], step: bool = False) -> tuple[Output, Tensor]:
         """One forward pass: its output, and FP32 logits [wanted rows of all pieces, V]. step: the pieces are equally
         long and no longer than what the state's spare tokens allow; it is then one of the fixed ones where there are
         such."""
         if step and self.steps is not None:
-            tokens, past, slots = zip(*((piece.tokens, piece.past, piece.slot) for piece in pieces), strict=True)
-            output, logits_TV = self.steps.run(tokens, past, slots)
+            tokens_T = torch.tensor([token for piece in pieces for token in piece.tokens])
+            output, logits_TV = self.steps.run(tokens_T, [p.past for p in pieces], [p.slot for p in pieces])
             return output, self._selected(logits_TV, _wanted_rows(pieces))
         segment = Segment.of(
             *(piece.tokens for piece in pieces),
@@ -50,6 +56,15 @@ class Runner:
         output = self.model(segment, self.state)
         streams_NSD = output.streams_TSD[self._rows(_wanted_rows(pieces))]
         return output, self.model.logits(self.model.hidden(streams_NSD))
+
+    @torch.no_grad()
+    def decode(self, tokens_N: Tensor, past: ListOf[int], slots: ListOf[int]) -> Tensor:
+        """FP32 logits [N, V] of a step of one token for each of N sequences: int64 ids, which only the device has to
+        know yet. It is not waited for where steps are captured."""
+        if self.steps is not None:
+            return self.steps.run(tokens_N, past, slots)[1][: len(past)]
+        segment = Segment(tokens_N, (1,) * len(past), tuple(past), tuple(slots))
+        return self.model.logits(self.model.hidden(self.model(segment, self.state).streams_TSD))
 
     @torch.no_grad()
     def draft(self, output: Output, next_tokens: ListOf[int], rows: ListOf[int]) -> Tensor:
@@ -76,11 +91,11 @@ class Runner:
         return self.model.draft(segment, self.state)
 
     def _selected(self, x_TX: Tensor, rows: ListOf[int]) -> Tensor:
-        # The first rows are a view; a list of rows would have to be copied to the card, behind all that runs there.
+        # The first rows are a view; others would be copied.
         return x_TX[: len(rows)] if list(rows) == list(range(len(rows))) else x_TX[self._rows(rows)]
 
     def _rows(self, rows: ListOf[int]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64).to(self.device)
+        return send(torch.tensor(rows, dtype=torch.int64), self.device)
 
 
 def _wanted_rows(pieces: ListOf[Piece]) -> list[int]:

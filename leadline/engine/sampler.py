@@ -5,6 +5,9 @@ of a token comes from its sequence's seed and its position alone. So a sequence 
 batch, a preempted one goes on as it would have, and speculation is lossless in the strictest sense: a draft is right
 exactly when it is the token that would have been drawn. The draft is drawn with the same noise, which makes agreement
 as likely as it can cheaply be made (`propose`).
+
+Drawing only queues work on the device. The host waits when it asks for the tokens (`Drawn.tokens`), and until then the
+device may go on with them: what follows is fed from where they lie.
 """
 
 from __future__ import annotations
@@ -13,13 +16,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from leadline.engine.request import Sampling
 from leadline.engine.sequence import Sequence, Token
+from leadline.ops.transfer import Arrival, send
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,40 @@ def draw_of(sequence: Sequence, place: int) -> Draw:
     )
 
 
-def draw(logits_NV: Tensor, draws: ListOf[Draw]) -> list[Token | None]:
-    """One token for each row of FP32 logits [N, V], None for a row that holds NaN. The logits are not changed."""
+@dataclass(frozen=True)
+class Drawn:
+    """Tokens that have been drawn on the device. ids_N: int64 [N], there. known: ids, and whether the logits were free
+    of NaN, int64 [2, N]. reported: FP64 [rows with logprobs, 1 + 2 most], see `_report`."""
+
+    ids_N: Tensor
+    draws: ListOf[Draw]
+    known: Arrival
+    reported: Arrival | None
+
+    def tokens(self) -> list[Token | None]:
+        """One token for each row, None for a row that holds NaN. Waits until they are drawn."""
+        ids, finite = _lists(self.known.wait())
+        tokens = [Token(id_) for id_ in ids]
+        if self.reported is not None:
+            for row, report in zip(_reporting(self.draws), _lists(self.reported.wait()), strict=True):
+                most = len(report) // 2
+                alternatives = zip(map(int, report[1 + most :]), report[1 : 1 + most], strict=True)
+                top = tuple(alternatives)[: self.draws[row].sampling.logprobs]
+                tokens[row] = Token(ids[row], report[0], top)
+        return [token if fine else None for token, fine in zip(tokens, finite, strict=True)]
+
+
+def draw(logits_NV: Tensor, draws: ListOf[Draw]) -> Drawn:
+    """One token for each row of FP32 logits [N, V]. The device is not waited for; the logits are not changed, and may
+    be overwritten by what is queued behind this."""
     ids_N = _scores(logits_NV, draws).argmax(-1)
+    for row, one in enumerate(draws):
+        if one.forced is not None:
+            ids_N[row] = one.forced
     finite_N = ~logits_NV.isnan().any(-1)
-    drawn, finite = _lists(torch.stack([ids_N, finite_N.long()]))  # one wait for the device
-    ids = [id_ if one.forced is None else one.forced for id_, one in zip(drawn, draws, strict=True)]
-    return [token if fine else None for token, fine in zip(_tokens(ids, logits_NV, draws), finite, strict=True)]
+    rows = _reporting(draws)
+    reported = Arrival(_report(logits_NV, ids_N, draws, rows)) if rows else None
+    return Drawn(ids_N, draws, Arrival(torch.stack([ids_N, finite_N.long()])), reported)
 
 
 def propose(
@@ -94,10 +125,12 @@ def _scores(logits_NV: Tensor, draws: ListOf[Draw]) -> Tensor:
         _adjust(scores_NV[row], one)
     rows = [row for row, one in enumerate(draws) if one.sampling.truncates]
     if rows:
-        scores_NV[rows] = _truncate(_tempered(scores_NV[rows], [draws[row].sampling for row in rows]), draws, rows)
+        rows_X = _on(logits_NV, rows)
+        scores_NV[rows_X] = _truncate(_tempered(scores_NV[rows_X], [draws[row].sampling for row in rows]), draws, rows)
     rest = [row for row, one in enumerate(draws) if not one.sampling.truncates and not one.sampling.greedy]
     if rest:
-        scores_NV[rest] = _tempered(scores_NV[rest], [draws[row].sampling for row in rest])
+        rest_X = _on(logits_NV, rest)
+        scores_NV[rest_X] = _tempered(scores_NV[rest_X], [draws[row].sampling for row in rest])
     for row, one in enumerate(draws):
         if not one.sampling.greedy:
             scores_NV[row] += gumbel(one.sampling.seed, one.position, scores_NV.shape[1], scores_NV.device)
@@ -118,23 +151,22 @@ def _adjust(scores_V: Tensor, one: Draw) -> None:
     if s.penalises:
         output = one.output or {}
         if s.repetition_penalty != 1.0:
-            seen = torch.tensor(sorted({*one.prompt, *output}), device=scores_V.device)
+            seen = _on(scores_V, sorted({*one.prompt, *output}))
             found = scores_V[seen]
             scores_V[seen] = torch.where(found > 0, found / s.repetition_penalty, found * s.repetition_penalty)
         if output and (s.presence_penalty or s.frequency_penalty):
-            ids = torch.tensor(list(output), device=scores_V.device)
-            counts = torch.tensor(list(output.values()), dtype=torch.float32, device=scores_V.device)
+            ids = _on(scores_V, list(output))
+            counts = _on(scores_V, list(map(float, output.values())))
             scores_V[ids] -= s.presence_penalty + s.frequency_penalty * counts
     if s.logit_bias:
-        ids = torch.tensor(list(s.logit_bias), device=scores_V.device)
-        scores_V[ids] += torch.tensor(list(s.logit_bias.values()), dtype=torch.float32, device=scores_V.device)
+        scores_V[_on(scores_V, list(s.logit_bias))] += _on(scores_V, list(map(float, s.logit_bias.values())))
     if one.allowed is not None:
-        scores_V.masked_fill_(~one.allowed.to(scores_V.device), -torch.inf)
+        scores_V.masked_fill_(~send(one.allowed, scores_V.device), -torch.inf)
 
 
 def _tempered(scores_NV: Tensor, samplings: ListOf[Sampling]) -> Tensor:
-    temperature_N1 = torch.tensor([[s.temperature] for s in samplings], device=scores_NV.device)
-    return torch.log_softmax(scores_NV / temperature_N1, -1)
+    temperature_N = _on(scores_NV, [float(s.temperature) for s in samplings])
+    return torch.log_softmax(scores_NV / temperature_N[:, None], -1)
 
 
 def _truncate(log_p_NV: Tensor, draws: ListOf[Draw], rows: ListOf[int]) -> Tensor:
@@ -143,9 +175,9 @@ def _truncate(log_p_NV: Tensor, draws: ListOf[Draw], rows: ListOf[int]) -> Tenso
     ranked_NV, ids_NV = log_p_NV.sort(dim=-1, descending=True, stable=True)
     p_NV = ranked_NV.exp()
     device, vocabulary = log_p_NV.device, log_p_NV.shape[1]
-    top_p_N1 = torch.tensor([[s.top_p] for s in samplings], device=device)
-    top_k_N1 = torch.tensor([[s.top_k or vocabulary] for s in samplings], device=device)
-    min_p_N1 = torch.tensor([[s.min_p] for s in samplings], device=device)
+    top_p_N1 = _on(log_p_NV, [float(s.top_p) for s in samplings])[:, None]
+    top_k_N1 = _on(log_p_NV, [s.top_k or vocabulary for s in samplings])[:, None]
+    min_p_N1 = _on(log_p_NV, [float(s.min_p) for s in samplings])[:, None]
     dropped_NV = (p_NV.cumsum(-1) - p_NV >= top_p_N1) & (top_p_N1 < 1.0)
     dropped_NV |= torch.arange(vocabulary, device=device) >= top_k_N1
     dropped_NV |= p_NV < min_p_N1 * p_NV[:, :1]
@@ -153,20 +185,25 @@ def _truncate(log_p_NV: Tensor, draws: ListOf[Draw], rows: ListOf[int]) -> Tenso
     return log_p_NV.masked_fill(torch.zeros_like(dropped_NV).scatter_(1, ids_NV, dropped_NV), -torch.inf)
 
 
-def _lists(rows: Tensor) -> list[list[int]]:
-    return cast("list[list[int]]", rows.tolist())  # pyright: ignore[reportUnknownMemberType]
+def _reporting(draws: ListOf[Draw]) -> list[int]:
+    """The rows whose tokens come with logprobs."""
+    return [row for row, one in enumerate(draws) if one.sampling.logprobs is not None]
 
 
-def _tokens(ids: list[int], logits_NV: Tensor, draws: ListOf[Draw]) -> list[Token]:
-    tokens = [Token(id_) for id_ in ids]
-    rows = [row for row, one in enumerate(draws) if one.sampling.logprobs is not None]
-    if not rows:
-        return tokens
-    log_p_NV = torch.log_softmax(logits_NV[rows], -1)
-    most = min(max(draws[row].sampling.logprobs or 0 for row in rows), log_p_NV.shape[1])
-    values, indices = log_p_NV.topk(most, dim=-1) if most else (log_p_NV[:, :0], log_p_NV[:, :0].long())
-    for at, row in enumerate(rows):
-        count = draws[row].sampling.logprobs or 0
-        top = tuple((int(indices[at, place]), float(values[at, place])) for place in range(count))
-        tokens[row] = Token(ids[row], float(log_p_NV[at, ids[row]]), top)
-    return tokens
+def _report(logits_NV: Tensor, ids_N: Tensor, draws: ListOf[Draw], rows: ListOf[int]) -> Tensor:
+    """The logprobs of some rows, FP64: that of the token, those of the most likely tokens, and the ids of these."""
+    rows_X = _on(logits_NV, rows)
+    log_p_XV = torch.log_softmax(logits_NV[rows_X], -1)
+    own_X1 = log_p_XV.gather(1, ids_N[rows_X][:, None])
+    most = min(max(draws[row].sampling.logprobs or 0 for row in rows), log_p_XV.shape[1])
+    values, ids = log_p_XV.topk(most, dim=-1) if most else (log_p_XV[:, :0], log_p_XV[:, :0])
+    return torch.cat([own_X1.double(), values.double(), ids.double()], dim=1)
+
+
+def _on(where: Tensor, values: ListOf[int] | ListOf[float]) -> Tensor:
+    """Numbers of the host on a tensor's device, int64 or FP32."""
+    return send(torch.tensor(values, dtype=torch.float32 if isinstance(values[0], float) else None), where.device)
+
+
+def _lists(rows: Tensor) -> list[list[Any]]:
+    return cast("list[list[Any]]", rows.tolist())  # pyright: ignore[reportUnknownMemberType]

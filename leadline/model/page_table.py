@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from leadline.model.config import CSA_RATIO, HCA_RATIO
+from leadline.ops.transfer import fill
 
 PAGE_TOKENS = HCA_RATIO
 assert PAGE_TOKENS % CSA_RATIO == 0
@@ -85,7 +86,7 @@ class PageTable:
         self._counts[slot], self._written[slot] = len(numbers), written
         breaks = np.flatnonzero(np.diff(numbers) != 1)
         self._in_a_row[slot] = int(breaks[0]) + 1 if len(breaks) else len(numbers)
-        self.table_NP[slot] = torch.from_numpy(self._numbers[slot]).to(self.table_NP.device)
+        fill(self.table_NP[slot], torch.from_numpy(self._numbers[slot]))
 
     def release(self, slot: int) -> None:
         """Take a slot's pages away."""

@@ -361,7 +361,8 @@ def block_of(spark: Transformer, sequence: Sequence) -> tuple[list[int], list[fl
     survivals: list[float] = []
     for place in range(DRAFT_BLOCK):
         survival *= float(stages.confidence(blocks.h_NBD[:, place], previous))
-        token = draw(blocks.logits_NBV[:, place] + stages.markov_bias(previous), [draw_of(sequence, place)])[0]
+        logits_NV = blocks.logits_NBV[:, place] + stages.markov_bias(previous)
+        (token,) = draw(logits_NV, [draw_of(sequence, place)]).tokens()
         assert token is not None
         drafts.append(token.id)
         survivals.append(survival)
@@ -412,7 +413,7 @@ def test_steps_of_fixed_shapes_move_the_windows_of_the_stages(
         state.assign(1, [2])
         spark(Segment.of(ids(30)), state)
         if fixed:
-            FixedSteps(spark, state, 1, CompiledStep).run([(1, 2, 3)], [30], [0])
+            FixedSteps(spark, state, 1, CompiledStep).run(torch.tensor([1, 2, 3]), [30], [0])
         else:
             spark(Segment.of((1, 2, 3), past=[30]), state)
         windows.append({name: tensor[0] for name, tensor in state.fixed_tensors().items() if name.startswith("mtp.")})

@@ -16,7 +16,7 @@ LOGITS_V = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
 
 def drawn(logits_NV: Tensor, draws: list[Draw]) -> list[Token]:
-    tokens = draw(logits_NV, draws)
+    tokens = draw(logits_NV, draws).tokens()
     assert None not in tokens
     return [token for token in tokens if token is not None]
 
@@ -86,9 +86,9 @@ def test_a_row_is_drawn_the_same_in_every_batch() -> None:
     kinds = [Sampling(seed=1), Sampling(temperature=0.0), Sampling(top_p=0.5, seed=2), Sampling(min_p=0.2, seed=1)]
     draws = [Draw(kinds[row % 4], position=row // 4) for row in range(6)]
     before_NV = logits_NV.clone()
-    together = draw(logits_NV, draws)
-    assert together == [draw(logits_NV[row : row + 1], [draws[row]])[0] for row in range(6)]
-    assert together[::-1] == draw(logits_NV.flip(0), draws[::-1])
+    together = draw(logits_NV, draws).tokens()
+    assert together == [draw(logits_NV[row : row + 1], [draws[row]]).tokens()[0] for row in range(6)]
+    assert together[::-1] == draw(logits_NV.flip(0), draws[::-1]).tokens()
     assert torch.equal(logits_NV, before_NV)
 
 
@@ -117,7 +117,7 @@ def test_nan_costs_its_own_row_only() -> None:
     logits_NV[0, 3] = logits_NV[2, 1] = 9.0
     logits_NV[1, 2] = math.nan
     greedy = Sampling(temperature=0.0)
-    assert draw(logits_NV, [Draw(greedy, 0)] * 3) == [Token(3), None, Token(1)]
+    assert draw(logits_NV, [Draw(greedy, 0)] * 3).tokens() == [Token(3), None, Token(1)]
 
 
 def test_drafts_are_drawn_as_tokens_are_from_left_to_right() -> None:
