@@ -37,6 +37,11 @@ class Arrival:
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(values.device))
 
+    @property
+    def has_come(self) -> bool:
+        """Whether the device has come to the copy."""
+        return self._event is None or self._event.query()
+
     def wait(self) -> Tensor:
         """The tensor on the host, when the device has come to the copy."""
         if self._event is not None:

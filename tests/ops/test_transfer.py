@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 
@@ -32,14 +30,13 @@ def test_the_host_waits_for_an_arrival_only_and_that_is_what_was_there() -> None
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        start = time.perf_counter()
         torch.cuda._sleep(400_000_000)  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
         fill(values, torch.arange(4))
         values += send(torch.arange(4), values.device)
         arrival = Arrival(values)
         values.zero_()
-        queued = time.perf_counter() - start
+        assert not arrival.has_come
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert arrival.wait().tolist() == [0, 2, 4, 6]
-    assert time.perf_counter() - start > 3 * queued
+    assert arrival.has_come
