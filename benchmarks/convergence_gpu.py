@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -45,6 +43,7 @@ from leadline.ops.dispatch import Implementation, implementation
 from leadline.ops.rehearsal import rehearsal
 from leadline.optim.clip import clip_gradients
 from leadline.optim.groups import build_optimizers
+from leadline.recipes.bench import append, slug
 from leadline.train.balance import update_selection_bias
 from leadline.train.losses import Losses, LossWeights, compute_losses
 from leadline.weights.names import keeps_float32
@@ -209,10 +208,6 @@ def records(results: Sequence[Result], commit: str, device: torch.device) -> lis
     ]
 
 
-def _slug(card: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", card.lower().removeprefix("nvidia ")).strip("-")
-
-
 def main(arguments: list[str]) -> int:
     """Run, print, store; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -228,11 +223,9 @@ def main(arguments: list[str]) -> int:
     lines = records(results, options.commit or this_commit(), device)
     for line in lines:
         print("  ".join(f"{column} {value}" for column, value in line["row"].items()))
-    folder = ROOT / "benchmarks" / "results" / _slug(torch.cuda.get_device_name(device))
+    folder = ROOT / "benchmarks" / "results" / slug(torch.cuda.get_device_name(device))
     path = options.out or folder / "convergence_gpu.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
+    append(path, lines)
     passed = passes(results)
     print(f"{'passed' if passed else 'FAILED'}; results: {path}")
     return 0 if passed else 1
