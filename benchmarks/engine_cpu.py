@@ -6,18 +6,20 @@ Both sides get the small model of `peers_cpu.py` with the same random weights in
 other. First the gate: the greedy continuation of one prompt must be the same on both sides; when it is not, nothing is
 timed. Then:
 
-- *decode, batch N*: N prompts of 1,024 tokens are read, then 64 tokens of each are drawn greedily; tokens per second
-  of the drawing alone. transformers' side is the time of `generate` for 65 new tokens less that for one;
-- *decode, batch N, compiled*: the same with `compile_steps`, once its steps are compiled and have drawn the same first
-  tokens as plain ones. How long compiling takes stands beside it: torch's cache on disk is a new folder in each run;
-- *first token*: seconds from a prompt of 8,192 tokens to the first token of its answer.
+- *decode, batch N*: N prompts of 1,024 tokens are read, then three times 64 tokens of each are drawn greedily, without
+  a pause; tokens per second of the best of the three. In transformers they are tokens of one call of `generate`, whose
+  times a stopping criterion notes;
+- *decode, batch N, compiled*: the same with `compile_steps`, which must draw the same first tokens as plain steps. How
+  long compiling takes stands beside it;
+- *first token*: seconds from a prompt of 8,192 tokens to the first token of its answer, the best of three runs; of one
+  in transformers, which takes about a minute for it.
 
 *Weights once* is what decoding could reach if a step did nothing but read each weight that it needs one time, as fast
 as these cores read a buffer of as many bytes over and over.
 
-Each number is the best of three runs. `--only` takes the measurements whose name holds the words. The result is one
-JSON object per measurement, as `tools/readme.py` wants it, in `benchmarks/results/<machine>/engine_cpu.jsonl`; with
-`--quick` everything is small, and then, or with `--only`, the file goes to `runs/`.
+The whole takes about three minutes on two cores. `--only` takes the measurements whose name holds the words. The result
+is one JSON object per measurement, as `tools/readme.py` wants it, in `benchmarks/results/<machine>/engine_cpu.jsonl`;
+with `--quick` everything is small, and then, or with `--only`, the file goes to `runs/`.
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ class BenchmarkError(ValueError):
 
 @dataclass(frozen=True)
 class Sizes:
-    """decode_prompt, first_prompt: tokens of the prompts; new: tokens drawn of each; repeats: runs of each number."""
+    """decode_prompt, first_prompt: tokens of the prompts; new: tokens drawn of each in a run; repeats: runs."""
 
     decode_prompt: int = 1024
     first_prompt: int = 8192
@@ -145,7 +147,10 @@ def our_first_token(side: LeadlineSide, sizes: Sizes) -> float:
 # -- transformers --------------------------------------------------------------------------------------------------
 
 
-def their_tokens(side: TransformersSide, tokens_NT: Tensor, new: int) -> Tensor:
+def their_tokens(
+    side: TransformersSide, tokens_NT: Tensor, new: int, note: Callable[..., Tensor] | None = None
+) -> Tensor:
+    """New tokens of each prompt. note: called after each, as a stopping criterion."""
     with torch.no_grad():
         found = side.model.generate(  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
             tokens_NT,
@@ -154,6 +159,7 @@ def their_tokens(side: TransformersSide, tokens_NT: Tensor, new: int) -> Tensor:
             min_new_tokens=new,
             do_sample=False,
             pad_token_id=0,
+            stopping_criteria=[note] if note else [],
         )
     return found[:, tokens_NT.shape[1] :]
 
@@ -166,10 +172,16 @@ def their_seconds(side: TransformersSide, batch: int, length: int, new: int) -> 
 
 
 def their_decoding(side: TransformersSide, batch: int, sizes: Sizes) -> float:
-    """Tokens per second of all but the first token."""
-    reading = their_seconds(side, batch, sizes.decode_prompt, 1)
-    both = their_seconds(side, batch, sizes.decode_prompt, sizes.new + 1)
-    return batch * sizes.new / (both - reading)
+    """Tokens per second of all but the first, in the best of the runs."""
+    times: list[float] = []
+
+    def note(tokens_NT: Tensor, scores: object, **_: object) -> Tensor:
+        times.append(time.perf_counter())
+        return torch.zeros(len(tokens_NT), dtype=torch.bool)
+
+    their_tokens(side, torch.tensor(prompts(batch, sizes.decode_prompt)), 1 + sizes.repeats * sizes.new, note)
+    ends = times[:: sizes.new]
+    return batch * sizes.new / min(after - before for before, after in pairwise(ends))
 
 
 # -- the run -------------------------------------------------------------------------------------------------------
@@ -194,22 +206,25 @@ def measurements(ours: LeadlineSide, theirs: TransformersSide, sizes: Sizes) -> 
         return choose(measure() for _ in range(sizes.repeats))
 
     known: dict[int, float] = {}  # of transformers, which has one figure for both of ours
+    said: dict[int, list[list[int]]] = {}  # by plain steps
 
     def decoding(batch: int, compiled: bool) -> dict[str, str]:
         engine = reading_engine(ours, batch, sizes, compiled)
         found = first_tokens(engine)
-        if compiled and found != first_tokens(reading_engine(ours, batch, sizes, compiled=False)):
+        if batch not in said:
+            said[batch] = first_tokens(reading_engine(ours, batch, sizes, compiled=False)) if compiled else found
+        if found != said[batch]:
             raise BenchmarkError(f"batch {batch}: compiled steps draw other tokens than plain ones")
         mine = best(lambda: our_decoding(engine, sizes), max)
         if batch not in known:
-            known[batch] = best(lambda: their_decoding(theirs, batch, sizes), max)
+            known[batch] = their_decoding(theirs, batch, sizes)
         compiling, once = engine.compile_seconds, weights_once(ours, batch, sizes)
         row = _row(f"{mine:,.1f}", f"{known[batch]:,.1f}", mine / known[batch])
         return row | {"compiling, s": f"{compiling:.0f}" if compiled else "", "weights once": f"{once:,.0f}"}
 
     def first_token() -> dict[str, str]:
         mine = best(lambda: our_first_token(ours, sizes), min)
-        other = best(lambda: their_seconds(theirs, 1, sizes.first_prompt, 1), min)
+        other = their_seconds(theirs, 1, sizes.first_prompt, 1)
         return _row(f"{mine:.2f}", f"{other:.2f}", other / mine) | {"compiling, s": "", "weights once": ""}
 
     found: list[Measurement] = []
@@ -247,8 +262,10 @@ def benchmark(sizes: Sizes, threads: int, only: str, out: Path) -> list[dict[str
     partial_out = out.with_suffix(".partial")
     console.print(f"finished measurements are kept in {partial_out} until all are done")
     for what, measure in chosen:
-        console.print(what)
-        lines.append(shared | {"row": {"what": what, **measure()}})
+        console.print(what, end="", soft_wrap=True)
+        row = measure()
+        console.print(": " + ", ".join(f"{name} {value}" for name, value in row.items() if value), soft_wrap=True)
+        lines.append(shared | {"row": {"what": what, **row}})
         _append(partial_out, lines[-1:])
     _append(out, lines)
     partial_out.unlink()
@@ -272,16 +289,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, to try the benchmark out; into runs/")
     parser.add_argument("--only", default="", metavar="WORDS", help="measurements whose name holds these words")
     parser.add_argument("--machine", help="name of the result folder")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     folder = ROOT / "benchmarks" / "results" / (options.machine or machine_slug())
     part = options.quick or options.only
     default = Path("runs/engine_cpu.jsonl") if part else folder / "engine_cpu.jsonl"
-    # The compiler's results are kept in a folder of this run, so that the seconds it took mean something.
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        benchmark(QUICK if options.quick else Sizes(), options.threads, options.only, options.out or default)
+    benchmark(QUICK if options.quick else Sizes(), options.threads, options.only, options.out or default)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from torch import Tensor
 
 from leadline import cli
 from leadline.engine.engine import Engine, Settings
+from leadline.engine.graph import FixedSteps
 from leadline.engine.prefix import WindowPolicy
 from leadline.engine.request import Request, Sampling
 from leadline.model import accounting
@@ -193,7 +194,7 @@ def decode(
     seconds = (time.perf_counter() - start) / RUN_STEPS
     moved = weight_bytes(model, count) + count * cache_bytes_read(model.config, context)
     floor = moved / ceilings.copy
-    assert engine.runner.steps is not None
+    assert isinstance(engine.runner.steps, FixedSteps)
     captured = _median(engine.runner.steps.made[-1].compute)
     state = engine.memory.state
     row = {

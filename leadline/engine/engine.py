@@ -25,15 +25,15 @@ from typing import cast
 
 import torch
 
-from leadline.engine.compiled import CompiledStep, require_compilable
 from leadline.engine.disk import DiskCache
 from leadline.engine.drafter import Drafter, drafter_of
 from leadline.engine.graph import FixedSteps, StepGraph
 from leadline.engine.launched import Launched, piece_of, rows_behind
 from leadline.engine.memory import Memory
+from leadline.engine.native import NativeSteps, require_native
 from leadline.engine.prefix import PERIODIC, WindowPolicy
 from leadline.engine.request import Request, RequestError
-from leadline.engine.runner import Runner
+from leadline.engine.runner import Runner, Steps
 from leadline.engine.sampler import draw, draw_of
 from leadline.engine.scheduler import Candidate, Plan, Share, admit_drafts, plan
 from leadline.engine.sequence import Event, Finish, Sequence, Token, Usage
@@ -58,9 +58,9 @@ class Settings:
     adds to the time of a step, relative to a step without any; the higher, the surer a guess of the draft stages has to
     be (`admit_drafts`). batch_invariant: a sequence's logits are the same bits whatever else is served and however its
     prompt is cut or cached (`ops/invariance.py`); slower, above all on a GPU, where no step is captured then.
-    compile_steps: on the CPU, compile the decoding steps of each shape when it first comes up (`compiled.py`). overlap:
-    launch decoding steps before the tokens of those before them are known (`launched.py`); None: where steps are
-    captured and nobody guesses.
+    compile_steps: on the CPU, decode in a C++ program that is compiled first (`native`); needs weights in FP32 and the
+    exact cache. overlap: launch decoding steps before the tokens of those before them are known (`launched.py`); None:
+    where steps are captured and nobody guesses.
     """
 
     slots: int = 8
@@ -89,7 +89,7 @@ class Engine:
         if settings.compile_steps and settings.batch_invariant:
             raise ValueError("compile_steps and batch_invariant exclude each other: compiled sums have other bits")
         if settings.compile_steps:
-            require_compilable(model)
+            require_native(model)
         if settings.overlap and settings.speculate:
             raise ValueError("overlap and speculate exclude each other: guesses wait for the token that they follow")
         config, weight = model.config, model.embed.weight
@@ -107,7 +107,7 @@ class Engine:
             dtype=weight.dtype,
             device=weight.device,
         )
-        self.runner = Runner(model, state, _fixed_steps(model, state, settings))
+        self.runner = Runner(model, state, _fast_steps(model, state, settings))
         self.memory = Memory(state, settings.slots, settings.policy, settings.block_bytes, disk)
         self._overlaps = settings.overlap
         if self._overlaps is None:
@@ -408,14 +408,14 @@ class Engine:
             self._clean_steps, self._patience = 0, 2 * self._patience
 
 
-def _fixed_steps(model: Transformer, state: State, settings: Settings) -> FixedSteps | None:
-    """Captured ones on a card, compiled ones on the CPU if asked for; none where they are batch-invariant, because
+def _fast_steps(model: Transformer, state: State, settings: Settings) -> Steps | None:
+    """Captured ones on a card, native ones on the CPU if asked for; none where they are batch-invariant, because
     attention then asks the device how much there is to see."""
     if settings.batch_invariant:
         return None
     if model.embed.weight.is_cuda:
         return FixedSteps(model, state, settings.slots, StepGraph)
-    return FixedSteps(model, state, settings.slots, CompiledStep) if settings.compile_steps else None
+    return NativeSteps(model, state, settings.speculate) if settings.compile_steps else None
 
 
 def _candidate_behind(sequence: Sequence) -> Candidate:

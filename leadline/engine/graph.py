@@ -1,13 +1,13 @@
-"""Steps of fixed shapes: what a decoding step needs to be captured once and replayed, or compiled once and called.
+"""Steps of fixed shapes: what a decoding step needs to be captured once and replayed.
 
-A graph or a compiled function is made for fixed shapes. Sequences are padded to a power of two, and the page lists to a
-power of four; the padding works on a slot of its own, at position 0, where nothing is finished and nobody looks. The
-step reads its tokens, positions and slots from tensors, which are filled anew before each run.
+A graph is made for fixed shapes. Sequences are padded to a power of two, and the page lists to a power of four; the
+padding works on a slot of its own, at position 0, where nothing is finished and nobody looks. The step reads its
+tokens, positions and slots from tensors, which are filled anew before each run.
 
 On a card a step is captured as one CUDA graph. It launches hundreds of kernels, each for a few microseconds of work;
 the host cannot launch them as fast as the card finishes them. Replayed, they are a single launch. The first step of a
 shape runs twice before its capture, with its true tokens: a step that is repeated writes the same values into the same
-rows. For the CPU see `compiled.py`.
+rows. For the CPU see `native`.
 """
 
 from __future__ import annotations
@@ -38,11 +38,6 @@ class FixedStep(ABC):
         self._slots_N = torch.zeros(sequences, dtype=torch.int64, device=device)
         self._model, self._state = model, state
         self._segment = Segment.on_device(self._tokens_T, self._positions_T, self._slots_N, longest)
-
-    @property
-    def compile_seconds(self) -> float:
-        """Seconds that went into compiling the step; a capture takes none to speak of."""
-        return 0.0
 
     def run(self, tokens_T: Tensor, positions: ListOf[int], slots: ListOf[int]) -> tuple[Output, Tensor]:
         """Output and logits of all rows, padding included; the next run may overwrite them. tokens_T: int64, on the
@@ -129,8 +124,8 @@ class FixedSteps:
 
     @property
     def compile_seconds(self) -> float:
-        """Seconds that went into compiling the steps so far."""
-        return sum(step.compile_seconds for step in self._steps.values())
+        """A capture takes none to speak of."""
+        return 0.0
 
     def step_of(self, output: Output) -> FixedStep | None:
         """The step whose latest run gave this output; None when it was not the latest, or none of them."""

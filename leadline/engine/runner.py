@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as ListOf
-from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from leadline.engine.graph import FixedSteps
 from leadline.model.segment import Segment
 from leadline.model.state import State
 from leadline.model.transformer import DraftBlocks, Output, Transformer
 from leadline.ops.transfer import send
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """New tokens of one sequence in a step. past: tokens before them; slot: its memory; wanted: of how many of the last
     rows logits are needed."""
 
@@ -26,10 +24,34 @@ class Piece:
     wanted: int
 
 
-class Runner:
-    """A model and the state of everything it serves. steps: decoding steps of fixed shapes, where there are such."""
+class Step(Protocol):
+    """A step that was run, as far as drafts go on from it."""
 
-    def __init__(self, model: Transformer, state: State, steps: FixedSteps | None):
+    def predict_second(self, output: Output, next_T: Tensor) -> Tensor:
+        """Hidden vectors of the MTP block behind the step, [T, D]."""
+        ...
+
+
+class Steps(Protocol):
+    """Decoding steps that are not the model's own forward pass: `FixedSteps`, or `NativeSteps`."""
+
+    @property
+    def compile_seconds(self) -> float: ...
+
+    def run(self, tokens_T: Tensor, past: ListOf[int], slots: ListOf[int]) -> tuple[Output | None, Tensor]:
+        """A step that brings the same number of tokens of each sequence: its output, None where nobody drafts, and the
+        logits of all rows, perhaps with others behind them. tokens_T: int64, on the host or on the device."""
+        ...
+
+    def step_of(self, output: Output) -> Step | None:
+        """The latest step, if it gave this output."""
+        ...
+
+
+class Runner:
+    """A model and the state of everything it serves. steps: of another make than the model's forward pass, if any."""
+
+    def __init__(self, model: Transformer, state: State, steps: Steps | None):
         self.model, self.state, self.steps = model, state, steps
         self.device = model.embed.weight.device
 
@@ -39,10 +61,10 @@ class Runner:
         return self.steps is not None and self.device.type == "cuda"
 
     @torch.no_grad()
-    def run(self, pieces: ListOf[Piece], step: bool = False) -> tuple[Output, Tensor]:
-        """One forward pass: its output, and FP32 logits [wanted rows of all pieces, V]. step: the pieces are equally
-        long and no longer than what the state's spare tokens allow; it is then one of the fixed ones where there are
-        such."""
+    def run(self, pieces: ListOf[Piece], step: bool = False) -> tuple[Output | None, Tensor]:
+        """One forward pass: its output, None where it is known that nobody drafts, and FP32 logits [wanted rows of all
+        pieces, V]. step: the pieces are equally long and no longer than what the state's spare tokens allow; `steps`
+        takes it where there are such."""
         if step and self.steps is not None:
             tokens_T = torch.tensor([token for piece in pieces for token in piece.tokens])
             output, logits_TV = self.steps.run(tokens_T, [p.past for p in pieces], [p.slot for p in pieces])

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -26,8 +26,7 @@ from leadline.engine.sequence import Sequence, Token
 from leadline.ops.transfer import Arrival, send
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """One token to draw.
 
     position: its place in the sequence. prompt, output: the ids so far, with how often the output holds each; needed by
@@ -119,10 +118,14 @@ def propose(
 
 
 def _scores(logits_NV: Tensor, draws: ListOf[Draw]) -> Tensor:
-    """What the tokens are ranked by: the logits, shaped as the draws ask, with their noise."""
+    """What the tokens are ranked by: the logits, shaped as the draws ask, with their noise; the logits themselves where
+    nobody asks for anything."""
+    if all(one.sampling.greedy and not _is_adjusted(one) for one in draws):
+        return logits_NV
     scores_NV = logits_NV.clone()
     for row, one in enumerate(draws):
-        _adjust(scores_NV[row], one)
+        if _is_adjusted(one):
+            _adjust(scores_NV[row], one)
     rows = [row for row, one in enumerate(draws) if one.sampling.truncates]
     if rows:
         rows_X = _on(logits_NV, rows)
@@ -143,6 +146,10 @@ def gumbel(seed: int, position: int, size: int, device: torch.device) -> Tensor:
     mixed = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + 0x2545F4914F6CDD1D) % 2**63
     generator = torch.Generator(device).manual_seed(mixed)
     return torch.empty(size, device=device).exponential_(generator=generator).clamp_min_(1e-30).log_().neg_()
+
+
+def _is_adjusted(one: Draw) -> bool:
+    return one.allowed is not None or one.sampling.penalises or bool(one.sampling.logit_bias)
 
 
 def _adjust(scores_V: Tensor, one: Draw) -> None:

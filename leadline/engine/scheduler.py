@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from leadline.model.page_table import PAGE_TOKENS, num_pages
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A running sequence as the scheduler sees it.
 
     pending: tokens that its state has not taken in, at least 1. drafts: guesses that may ride along with the last one.
@@ -34,8 +34,7 @@ class Candidate:
     cut: int | None = None
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """A sequence's part of a step: `tokens` pending ones, `drafts` guesses behind them; `new_pages` are taken first."""
 
     number: int

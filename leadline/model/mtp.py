@@ -49,7 +49,14 @@ class MTPBlock(Block):
             raise ValueError(
                 f"the MTP block needs the streams [T, S, D] before their collapse, got {tuple(trunk_TSD.shape)}"
             )
+        x_TSD, signals = self(self.enter(trunk_TSD, next_embedding_TD), index, state, cache_format, training)
+        return self.leave(x_TSD), signals
+
+    def enter(self, trunk_TSD: Tensor, next_embedding_TD: Tensor) -> Tensor:
+        """The streams [T, S, D] that go into the block."""
         embedded_TD = self.e_proj(rms_norm(next_embedding_TD, self.enorm.weight, self.eps))
-        x_TSD = embedded_TD[:, None] + self.h_proj(rms_norm(trunk_TSD, self.hnorm.weight, self.eps))
-        x_TSD, signals = self(x_TSD, index, state, cache_format, training)
-        return rms_norm(self.hc_head(x_TSD), self.norm.weight, self.eps), signals
+        return embedded_TD[:, None] + self.h_proj(rms_norm(trunk_TSD, self.hnorm.weight, self.eps))
+
+    def leave(self, x_TSD: Tensor) -> Tensor:
+        """Hidden vectors [T, D] from the streams behind the block."""
+        return rms_norm(self.hc_head(x_TSD), self.norm.weight, self.eps)

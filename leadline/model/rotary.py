@@ -25,10 +25,14 @@ class Rotary:
 
     def at(self, positions_X: Tensor, ratio: int) -> Rotation:
         """cos and sin, FP32 [X, R/2], at some positions in a layer of this ratio."""
-        key = ratio > 0, positions_X.device
+        return rotations(positions_X, self.frequencies(ratio, positions_X.device))
+
+    def frequencies(self, ratio: int, device: torch.device) -> Tensor:
+        """Angular frequencies, FP32 [R/2], of a layer of this ratio."""
+        key = ratio > 0, device
         if key not in self._frequencies:
-            self._frequencies[key] = self._make(compressed=ratio > 0).to(positions_X.device)
-        return rotations(positions_X, self._frequencies[key])
+            self._frequencies[key] = self._make(compressed=ratio > 0).to(device)
+        return self._frequencies[key]
 
     def _make(self, compressed: bool) -> Tensor:
         c = self._config

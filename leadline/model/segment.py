@@ -82,7 +82,7 @@ class Segment:
         length = len(tokens_T) // num_sequences
         past, slots = (longest - length,) * num_sequences, tuple(range(num_sequences))
         segment = cls(tokens_T, (length,) * num_sequences, past, slots, places_known=False)
-        # The cached properties are put in place: what is captured or compiled must not work them out, or read others.
+        # The cached properties are put in place: what is captured must not work them out, or read others.
         sequence_T = torch.arange(num_sequences, device=tokens_T.device).repeat_interleave(length)
         place_T = torch.arange(length, device=tokens_T.device).repeat(num_sequences)
         segment.__dict__.update(positions_T=positions_T, slots_N=slots_N, sequence_T=sequence_T, place_T=place_T)

@@ -15,7 +15,8 @@ the time to the first token, the bytes of the cache, and how many guesses were r
   cache=FORMAT      exact, served or packed           dtype=KIND        file, float32, bfloat16 or float16
   device=NAME       cpu, cuda; default: the GPU if there is one
   disk_cache=FOLDER of prompts that were read before  disk_cache_gib=32 most of it
-  compile_steps=no  on the CPU: compile the decoding step first, which takes about a minute; needs a C++ compiler
+  compile_steps=no  on the CPU: decode in a C++ program, compiled first in a few seconds; needs a C++ compiler, float32
+                    weights and cache=exact
 
   leadline generate runs/demo/checkpoint "def add(a, b):" max_tokens=64 temperature=0
 """
@@ -176,14 +177,14 @@ def _reading(prompt_tokens: int) -> Progress:
 
 
 def summary(usage: Usage, clock: Clock, cache_bytes: int, compile_seconds: float = 0.0) -> str:
-    """One line of figures. Compiling comes between the first two tokens, and counts on its own."""
+    """One line of figures."""
     parts = [f"{usage.prompt_tokens:,} + {usage.output_tokens:,} tokens"]
     if usage.cached_tokens:
         parts.append(f"{usage.cached_tokens:,} from the cache")
     if clock.first is not None and clock.last is not None:
         parts.append(f"first after {clock.first - clock.start:.2f} s")
         if usage.output_tokens > 1:
-            seconds = clock.last - clock.first - compile_seconds
+            seconds = clock.last - clock.first
             parts.append(f"then {(usage.output_tokens - 1) / seconds:,.1f} tokens/s")
     if compile_seconds:
         parts.append(f"steps compiled in {compile_seconds:.0f} s")

@@ -25,8 +25,8 @@ http://127.0.0.1:8000/v1 and any API key. Ctrl-C or SIGTERM lets running answers
   disk_cache=FOLDER of prompts, outlives the server   disk_cache_gib=32 most of it
   window_policy=periodic   full, periodic or zero: how much of each prefix is kept, and how little is computed again
   batch_invariant=no   the same bits whatever else is served; slower, on a GPU much slower
-  compile_steps=no  on the CPU: compile the decoding step for each number of answers at once when it first comes up;
-                    answers then wait for about a minute; needs a C++ compiler
+  compile_steps=no  on the CPU: decode in a C++ program, compiled first in a few seconds; needs a C++ compiler, float32
+                    weights and cache=exact
   replicas=1        servers behind this address, each with a GPU to itself; needs `pip install 'leadline[ray]'`
   cluster=ADDRESS   of a Ray cluster that they are spread over, default: this machine
 

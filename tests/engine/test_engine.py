@@ -324,7 +324,7 @@ def test_damaged_logits_end_their_own_sequence_only(
     numbers = engine.submit(good), engine.submit(bad)
     run_piece = engine.runner.run
 
-    def damage(pieces: Sequence[Piece], step: bool) -> tuple[Output, Tensor]:
+    def damage(pieces: Sequence[Piece], step: bool) -> tuple[Output | None, Tensor]:
         output, logits_NV = run_piece(pieces, step)
         if len(pieces) == 2 and pieces[0].past > 33:
             logits_NV[1] = torch.nan
