@@ -9,7 +9,8 @@
 // Threads. Each exported function is one parallel region. `#pragma omp for` deals out the rows of a matrix, the groups
 // or the tokens, and all threads wait at its end, so that what one phase writes the next may read.
 //
-// The widths are constants, given by native.py: the letters are those of DESIGN.md, X is any number of columns.
+// The widths are constants that library.py puts in front of this file; the letters are those of DESIGN.md. X is the
+// columns of a compressor. Where a width has to be a multiple of something, `require_native` has seen to it.
 
 #include <algorithm>
 #include <cmath>
@@ -20,7 +21,7 @@ using Lanes = float __attribute__((vector_size(4 * LANES), may_alias));
 using Ints = int32_t __attribute__((vector_size(4 * LANES), may_alias));
 
 constexpr int COEFFICIENTS = (2 + S) * S, PAGE = 128, CSA = 4, HCA = 128;
-constexpr int AHEAD = 8;  // rows of an expert that are asked for before their turn, line by line as they lie
+constexpr int AHEAD = 8;  // rows of an expert that are asked for before their turn
 
 // The tensors of one compressor. tails and rows belong to the state.
 struct Compressor {
@@ -122,15 +123,16 @@ inline float largest(Lanes x) {
     return found;
 }
 
-// sums[r] += sum_n w[r, n] x[n] for a few rows of a matrix. Enough sums at once to keep the multipliers busy.
+// sums[r] += sum_at w[r, at] x[at] for a few rows of a matrix, enough of them to keep the multipliers busy. The rows
+// behind them are asked for meanwhile, line by line as they lie.
 template <int ROWS>
-inline void add_rows(const float *w, int64_t w_stride, const Lanes *x, int64_t x_stride, int64_t n, Lanes *sums) {
+inline void add_rows(const float *w, const Lanes *x, int64_t n, Lanes *sums) {
     Lanes sum[ROWS];
     for (int r = 0; r < ROWS; ++r) sum[r] = sums[r];
     for (int64_t at = 0; at < n; ++at) {
         if (at % LANES == 0)
-            for (int r = 0; r < ROWS; ++r) __builtin_prefetch(w + ROWS * w_stride + at * ROWS + r * LANES);
-        for (int r = 0; r < ROWS; ++r) sum[r] += w[r * w_stride + at] * x[at * x_stride];
+            for (int r = 0; r < ROWS; ++r) __builtin_prefetch(w + ROWS * n + at * ROWS + r * LANES);
+        for (int r = 0; r < ROWS; ++r) sum[r] += w[r * n + at] * x[at];
     }
     for (int r = 0; r < ROWS; ++r) sums[r] = sum[r];
 }
@@ -158,12 +160,12 @@ void product(const float *w, int64_t outputs, int64_t n, const Lanes *x, int64_t
             Lanes *target = y + group * y_width + first;
             if (first + ROWS <= outputs) {
                 Lanes sums[ROWS] = {};
-                add_rows<ROWS>(rows, n, source, 1, n, sums);
+                add_rows<ROWS>(rows, source, n, sums);
                 std::copy(sums, sums + ROWS, target);
             } else {
                 for (int64_t row = 0; first + row < outputs; ++row) {
                     target[row] = Lanes{};
-                    add_rows<1>(rows + row * n, n, source, 1, n, target + row);
+                    add_rows<1>(rows + row * n, source, n, target + row);
                 }
             }
         }
@@ -641,8 +643,8 @@ void add_expert(const Block &block, const ExpertWork &work, int e, int64_t first
 // Eight rows of the shared expert and 16 tokens.
 inline void shared_rows(const Block &block, const Lanes *y, int64_t first, Lanes *hidden) {
     Lanes gate[8] = {}, up[8] = {};
-    add_rows<8>(block.shared_w1 + first * D, D, y, 1, D, gate);
-    add_rows<8>(block.shared_w3 + first * D, D, y, 1, D, up);
+    add_rows<8>(block.shared_w1 + first * D, y, D, gate);
+    add_rows<8>(block.shared_w3 + first * D, y, D, up);
     for (int r = 0; r < 8; ++r) hidden[first + r] = gated(gate[r], up[r], splat(1.0f));
 }
 
@@ -667,7 +669,7 @@ void experts(const Block &block, const Step &step, ExpertWork &work, Lanes *y) {
         for (int64_t group = 0; group < groups; ++group) {
             Lanes *target = y + group * D + first;
             std::fill_n(target, 8, Lanes{});
-            add_rows<8>(block.shared_w2 + first * F, F, work.hidden + group * F, 1, F, target);
+            add_rows<8>(block.shared_w2 + first * F, work.hidden + group * F, F, target);
         }
         for (int e = 0; e < E; ++e)
             for (int64_t four = first; four < first + 8; four += 4) add_expert(block, work, e, four, y);
