@@ -166,15 +166,15 @@ def test_scores_that_are_not_numbers(small: Transformer) -> None:
 @torch.no_grad()
 def test_what_is_no_number_stays_with_its_sequence(small: Transformer) -> None:
     """Padding lanes, neighbours in a lane vector and neighbours at an expert stay clean."""
-    clean, damaged = (state_of(small, [40, 30, 20], 0) for _ in range(2))
-    damaged.fixed_tensors()["layers.0.window.rows"][1] = torch.nan
+    clean, damaged = (state_of(small, [20, 30, 40], 0) for _ in range(2))
+    damaged.fixed_tensors()["layers.0.window.rows"][0] = torch.nan
     runs = [
-        NativeSteps(small, state, drafts=False).run(torch.tensor([1, 2, 3]), [40, 30, 20], [0, 1, 2])
+        NativeSteps(small, state, drafts=False).run(torch.tensor([1, 2, 3]), [20, 30, 40], [0, 1, 2])
         for state in (clean, damaged)
     ]
     (_, expected_TV), (_, found_TV) = runs
-    assert found_TV[1].isnan().all()
-    assert torch.equal(found_TV[[0, 2]], expected_TV[[0, 2]])
+    assert found_TV[0].isnan().all()
+    assert torch.equal(found_TV[1:], expected_TV[1:])
 
 
 def test_without_a_compiler(small: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:

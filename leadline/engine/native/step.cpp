@@ -3,8 +3,9 @@
 // Layout. A *lane vector* holds one number of each of 16 tokens, and an activation of width D is D of them. Products
 // with a weight matrix, norms, gates, rotations and Sinkhorn's rounds are then loops over whole vectors in which no
 // token meets another: there is nothing to reduce across a vector, weights are read once and in the order in which they
-// lie, and 16 tokens cost what one costs. More than 16 tokens are groups of 16; lanes behind the last token compute with
-// zeros and nobody looks. Only where each token looks at rows of its own, in the cache, are tokens taken one by one.
+// lie, and 16 tokens cost what one costs. More than 16 tokens are groups of 16; lanes behind the last token hold zeros.
+// Only where each token looks at rows of its own, in the cache, or goes to experts of its own are tokens taken one by
+// one: lanes are then numbers of one vector.
 //
 // Threads. Each exported function is one parallel region. `#pragma omp for` deals out the rows of a matrix, the groups
 // or the tokens, and all threads wait at its end, so that what one phase writes the next may read.
@@ -123,6 +124,13 @@ inline float largest(Lanes x) {
     return found;
 }
 
+// 1 / sqrt(mean of the squares + eps) of one token's n numbers.
+inline float inverse_rms(const float *x, int n) {
+    Lanes squares = {};
+    for (int at = 0; at < n; at += LANES) squares += load(x + at) * load(x + at);
+    return 1.0f / std::sqrt(sum(squares) / n + RMS_EPS);
+}
+
 // sums[r] += sum_at w[r, at] x[at] for a few rows of a matrix, enough of them to keep the multipliers busy. The rows
 // behind them are asked for meanwhile, line by line as they lie.
 template <int ROWS>
@@ -171,14 +179,14 @@ void product(const float *w, int64_t outputs, int64_t n, const Lanes *x, int64_t
         }
 }
 
-inline Lanes inverse_rms(const Lanes *x, int64_t n, float eps) {
+inline Lanes inverse_rms(const Lanes *x, int64_t n) {
     Lanes squares[4] = {};
     for (int64_t at = 0; at < n; ++at) squares[at % 4] += x[at] * x[at];
-    return 1.0f / root((squares[0] + squares[1] + squares[2] + squares[3]) / (float)n + eps);
+    return 1.0f / root((squares[0] + squares[1] + squares[2] + squares[3]) / (float)n + RMS_EPS);
 }
 
 inline void normalise(Lanes *x, int64_t n, const float *weight) {
-    const Lanes scale = inverse_rms(x, n, RMS_EPS);
+    const Lanes scale = inverse_rms(x, n);
     for (int64_t at = 0; at < n; ++at) x[at] = x[at] * scale * weight[at];
 }
 
@@ -222,9 +230,11 @@ void mix_in(const HyperConnection &hc, const Step &step, Lanes *mixes, Lanes *y,
 #pragma omp for
     for (int64_t group = 0; group < step.groups(); ++group) {
         const Lanes *x = step.streams + group * S * D;
-        const Lanes scale = inverse_rms(x, S * D, RMS_EPS);
+        const Lanes scale = inverse_rms(x, S * D);
         Lanes pre[S];
-        auto logit = [&](int row, int gate) { return mixes[group * COEFFICIENTS + row] * scale * hc.scale[gate] + hc.base[row]; };
+        const auto logit = [&](int row, int gate) {
+            return mixes[group * COEFFICIENTS + row] * scale * hc.scale[gate] + hc.base[row];
+        };
         for (int j = 0; j < S; ++j) {
             pre[j] = sigmoid(logit(j, 0)) + HC_EPS;
             mixing[group].post[j] = 2.0f * sigmoid(logit(S + j, 1));
@@ -275,7 +285,8 @@ inline int64_t ring_row(const Step &step, int64_t token, int64_t position, int l
 
 inline int64_t entry_row(const Step &step, int64_t token, int64_t entry, int ratio) {
     const int per_page = PAGE / ratio;
-    return (int64_t)step.pages[step.slots[token] * step.pages_per_slot + entry / per_page] * per_page + entry % per_page;
+    const int64_t page = step.pages[step.slots[token] * step.pages_per_slot + entry / per_page];
+    return page * per_page + entry % per_page;
 }
 
 // Values and scores of the new tokens go into the tails.
@@ -321,9 +332,7 @@ void finish_entries(const Compressor &compressor, const Step &step) {
             values /= weights;
             std::copy_n((const float *)&values, LANES, pooled + at);
         }
-        float squares = 0.0f;
-        for (int at = 0; at < WIDTH; ++at) squares += pooled[at] * pooled[at];
-        const float scale = 1.0f / std::sqrt(squares / WIDTH + RMS_EPS);
+        const float scale = inverse_rms(pooled, WIDTH);
         for (int at = 0; at < WIDTH; ++at) pooled[at] *= scale * compressor.norm[at];
         float cos[R / 2], sin[R / 2];
         for (int pair = 0; pair < R / 2; ++pair) {
@@ -429,9 +438,7 @@ bool attend_token(const Block &block, const Step &step, const AttentionWork &wor
     alignas(64) float q[H * K], o[H * K];
     pull(work.q, token, H * K, H * K, q);
     for (int h = 0; h < H; ++h) {
-        float squares = 0.0f;
-        for (int k = 0; k < K; ++k) squares += q[h * K + k] * q[h * K + k];
-        const float scale = 1.0f / std::sqrt(squares / K + RMS_EPS);
+        const float scale = inverse_rms(q + h * K, K);
         for (int k = 0; k < K; ++k) q[h * K + k] *= scale;
         rotate(q + h * K, K, cos, sin);
         for (int k = 0; k < K; ++k) q[h * K + k] *= 1.0f / std::sqrt((float)K);
@@ -443,8 +450,9 @@ bool attend_token(const Block &block, const Step &step, const AttentionWork &wor
     const Buffer<> scores(std::max<int64_t>(H * blocks, key_blocks));
     std::fill_n((const float **)rows, blocks * LANES, block.window);  // what stands in for rows that do not count
     std::fill_n((const float **)keys, key_blocks * LANES, block.index.rows);
-    for (int64_t place = first; place <= position; ++place)
-        rows[place - first] = block.window + ring_row(step, token, place, W) * K;
+    const int64_t ring = W + step.spare, ring_start = step.slots[token] * ring;
+    for (int64_t at = 0, row = first % ring; at < window; ++at, row = row + 1 == ring ? 0 : row + 1)
+        rows[at] = block.window + (ring_start + row) * K;
     bool ordered = true;
     if constexpr (RATIO == CSA) {
         alignas(64) float index_q[J * I];
@@ -524,9 +532,9 @@ void attention(const Block &block, const Step &step, AttentionWork &work, Lanes 
 #pragma omp barrier
 }
 
-// x: the tokens' vectors, one behind the other. hidden: of the shared expert as lane vectors, and of every pair of a token
-// and an expert that it visits, pairs sorted by expert: those of e are starts[e] to starts[e + 1] - 1. weights: of every pair, four times, as
-// `tile` has its lanes.
+// x: the tokens' vectors, one behind the other. hidden: of the shared expert as lane vectors, and of every pair of a
+// token and an expert that it visits. Pairs are sorted by expert: those of e are starts[e] to starts[e + 1] - 1.
+// weights: of every pair, four times, as `tile` has its lanes.
 struct ExpertWork {
     Buffer<> logits, hidden;
     Buffer<float> x, pair_hidden, weights;
@@ -539,7 +547,8 @@ struct ExpertWork {
 };
 
 // The A experts of a token (report 2.1) and their weights.
-inline void choose(const Block &block, const Step &step, const Lanes *logits, int64_t token, int *choices, float *weights) {
+inline void choose(const Block &block, const Step &step, const Lanes *logits, int64_t token, int *choices,
+                   float *weights) {
     float numbers[E], scores[E], total = 0.0f;
     int experts[E];
     pull(logits, token, E, E, numbers);
@@ -730,7 +739,7 @@ extern "C" void end(const Step *step, const Ends *ends) {
 #pragma omp for
         for (int64_t group = 0; group < groups; ++group) {
             const Lanes *x = step->streams + group * S * D;
-            const Lanes scale = inverse_rms(x, S * D, RMS_EPS);
+            const Lanes scale = inverse_rms(x, S * D);
             Lanes pre[S], *target = y + group * D;
             for (int j = 0; j < S; ++j)
                 pre[j] = sigmoid(mixes[group * S + j] * scale * ends->scale[0] + ends->base[j]) + HC_EPS;
