@@ -28,7 +28,7 @@ from leadline.model.cache_format import CacheFormat
 from leadline.model.compressor import Compressor
 from leadline.model.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from leadline.model.indexer import Indexer, IndexOperands
-from leadline.model.linear import GroupedOutput, Linear, Norm
+from leadline.model.linear import GroupedOutput, Linear, Norm, linears
 from leadline.model.rotary import Rotation
 from leadline.model.segment_index import SegmentIndex
 from leadline.model.signals import IndexerSignals, Training
@@ -70,10 +70,11 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, IndexerSignals | None]:
         """Attention output [T, D], and the indexer's signals when a CSA layer is being trained."""
         rotation = index.rotation(self.ratio)
-        q_latent_TQ = rms_norm(self.wq_a(x_TD), self.q_norm.weight, self.eps)
+        q_latent_TQ, key_TK = linears(x_TD, self.wq_a, self.wkv)
+        q_latent_TQ = rms_norm(q_latent_TQ, self.q_norm.weight, self.eps)
         q_THK = self.wq_b(q_latent_TQ).unflatten(-1, (self.heads, self.width))
         q_THK = norm_rope(q_THK, *rotation, eps=self.eps)
-        keys = self._keys(x_TD, index, state, cache_format)
+        keys = self._keys(key_TK, index, state, cache_format)
 
         entries = picked_TM = operands = None
         if self.compressor is not None:
@@ -96,17 +97,20 @@ class Attention(nn.Module):
 
     def keys(self, x_TD: Tensor, rotation: Rotation, cache_format: CacheFormat) -> Tensor:
         """Window keys [T, K], rotated at their positions and rounded as the cache keeps them."""
-        return finished(self.wkv(x_TD), Finish(self.kv_norm.weight, self.eps, *rotation, cache_format.key))
+        return finished(self.wkv(x_TD), self._finish(rotation, cache_format))
 
-    def _keys(self, x_TD: Tensor, index: SegmentIndex, state: LayerState | None, cache_format: CacheFormat) -> Source:
+    def _finish(self, rotation: Rotation, cache_format: CacheFormat) -> Finish:
+        """What makes a window key of its product."""
+        return Finish(self.kv_norm.weight, self.eps, *rotation, cache_format.key)
+
+    def _keys(self, key_TK: Tensor, index: SegmentIndex, state: LayerState | None, cache_format: CacheFormat) -> Source:
         """The window keys that the queries see, gathered, or the state's own store, of which `index.lookup` names
         rows; the state keeps the new ones."""
-        rotation = index.rotation(self.ratio)
+        finish = self._finish(index.rotation(self.ratio), cache_format)
         if state is not None and index.lookup is not None:
-            finish = Finish(self.kv_norm.weight, self.eps, *rotation, cache_format.key)
-            store_keys(self.wkv(x_TD), finish, index.ring.keep_ring, state.window.source)
+            store_keys(key_TK, finish, index.ring.keep_ring, state.window.source)
             return state.window.source
-        keys_TK = self.keys(x_TD, rotation, cache_format)
+        keys_TK = finished(key_TK, finish)
         return keys_TK if state is None else state.with_past(keys_TK, index.ring)
 
     def _attend(

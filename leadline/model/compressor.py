@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from leadline.model.config import CSA_RATIO, ModelConfig
-from leadline.model.linear import Linear, Norm, twin_linear_fp32
+from leadline.model.linear import Linear, Norm
 from leadline.model.segment_index import SegmentIndex
 from leadline.model.state import CompressorState
 from leadline.ops.cache_rows import Source
 from leadline.ops.cache_step import Finish, NewTokens, Tails, finished, store_entries
+from leadline.ops.exact_linear import exact_linears
 from leadline.ops.gated_pool import gated_pool
 from leadline.ops.norm_rope import Rounding
 from leadline.ops.place_rows import PlaceRows
@@ -46,7 +47,7 @@ class Compressor(nn.Module):
         the state's own store, of which `index.lookup` names rows."""
         rows = index.pool[self.ratio]
         finish = Finish(self.norm.weight, self.eps, *index.entry_rotation(self.ratio), rounding)
-        values_TE, scores_TE = twin_linear_fp32(x_TD, self.wkv.weight, self.wgate.weight)
+        values_TE, scores_TE = exact_linears(x_TD, (self.wkv.weight, self.wgate.weight))
         if state is not None and index.lookup is not None:
             return self._step(values_TE, scores_TE, index, state, finish)
         scores_TE = scores_TE + PlaceRows.apply(self.ape, index.positions_T % self.ratio)

@@ -19,14 +19,13 @@ from leadline.formats.cache_entry import PackedKeys
 from leadline.model.cache_format import CacheFormat
 from leadline.model.compressor import Compressor
 from leadline.model.config import CSA_RATIO, ModelConfig
-from leadline.model.linear import Linear
+from leadline.model.linear import Linear, linear_fp32
 from leadline.model.segment_index import SegmentIndex
 from leadline.model.state import CompressorState
 from leadline.ops.cache_rows import Source
 from leadline.ops.decode_indexer import decode_pick_entries
 from leadline.ops.lightning_indexer import pick_entries
 from leadline.ops.norm_rope import norm_rope
-from leadline.ops.precision import wide
 
 
 class IndexOperands(NamedTuple):
@@ -59,7 +58,7 @@ class Indexer(nn.Module):
         x_TD, q_latent_TQ = x_TD.detach(), q_latent_TQ.detach()
         q_TJI = self.wq_b(q_latent_TQ).unflatten(-1, (self.heads, self.width))
         q_TJI = norm_rope(q_TJI, *index.rotation(CSA_RATIO), rounding=cache_format.index)
-        weight_TJ = wide(self.weights_proj(x_TD)) * (self.width**-0.5 * self.heads**-0.5)
+        weight_TJ = linear_fp32(x_TD, self.weights_proj.weight, self.width**-0.5 * self.heads**-0.5)
         return IndexOperands(q_TJI, weight_TJ, self.compressor(x_TD, index, state, cache_format.index))
 
     def pick(self, operands: IndexOperands, index: SegmentIndex) -> Tensor:

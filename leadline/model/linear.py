@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from leadline.ops.exact_linear import exact_linear
-from leadline.ops.grouped_product import GroupedProduct
+from leadline.ops.grouped_product import grouped_product
 from leadline.ops.invariance import is_batch_invariant, rows_times
 from leadline.ops.quantized_linear import QuantizedWeight, quantized_linear, quantized_linears
-from leadline.ops.twin_product import suits, twin_product
 
 
 class Linear(nn.Module):
@@ -90,21 +89,13 @@ def grouped_output(x_TOX: Tensor, weight: Tensor) -> Tensor:
     if is_batch_invariant():
         return torch.stack([rows_times(x, w) for x, w in zip(x_TOX.unbind(1), weight_OLX, strict=True)], dim=1)
     if x_TOX.is_cuda:
-        return GroupedProduct.apply(x_TOX, weight_OLX)
+        return grouped_product(x_TOX, weight_OLX)
     return torch.bmm(x_TOX.transpose(0, 1), weight_OLX.mT).transpose(0, 1)
 
 
-def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T with FP32 arithmetic and an FP32 result, for the places where the report keeps full precision: compressor
-    projections, router and head."""
-    return exact_linear(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
-
-
-def twin_linear_fp32(x_TD: Tensor, first_ED: Tensor, second_ED: Tensor) -> tuple[Tensor, Tensor]:
-    """`linear_fp32` of the same tokens with two weights of one shape; in one launch where that is better."""
-    if suits(x_TD, first_ED) and suits(x_TD, second_ED):
-        return twin_product(x_TD, first_ED, second_ED)
-    return linear_fp32(x_TD, first_ED), linear_fp32(x_TD, second_ED)
+def linear_fp32(x: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
+    """scale x W^T with FP32 arithmetic and an FP32 result, for the places where the report keeps full precision."""
+    return exact_linear(x.flatten(0, -2), weight, scale).unflatten(0, x.shape[:-1])
 
 
 class Norm(nn.Module):

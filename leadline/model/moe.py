@@ -20,10 +20,17 @@ from leadline.model.router import Gate
 from leadline.model.segment import Segment
 from leadline.model.signals import ExpertSignals
 from leadline.ops.grouped_linear import grouped_linear
-from leadline.ops.quantized_linear import QuantizedWeight, quantized_grouped_linear
+from leadline.ops.quantized_linear import (
+    Dispatched,
+    Gated,
+    QuantizedWeight,
+    Rows,
+    quantized_grouped_linear,
+    quantized_linear,
+    written,
+)
 from leadline.ops.route import Route
-from leadline.ops.swiglu import swiglu
-from leadline.ops.token_permutation import combine, dispatch
+from leadline.ops.token_permutation import combine
 
 # Tokens that go through the experts at once; on a GPU an expert's matrix should meet hundreds of rows.
 TOKENS_PER_RUN, TOKENS_PER_RUN_ON_GPU = 2048, 8192
@@ -51,8 +58,8 @@ class Experts(nn.Module):
     def forward(self, x_TD: Tensor, route: Route, shared_TD: Tensor) -> Tensor:
         """Sum over each token's experts, FP32, plus what all tokens share; [T, D] in the dtype of that."""
         pair_X, _, counts_E = route.order
-        gate_XF, up_XF = self._multiply(dispatch(x_TD, route.order), ("w1", "w3"), counts_E)
-        hidden_XF = swiglu(gate_XF, up_XF, self.limit, route.weights_TA.flatten(), pair_X)
+        gate_XF, up_XF = self._multiply(Dispatched(x_TD, route.order), ("w1", "w3"), counts_E)
+        hidden_XF = Gated(gate_XF, up_XF, self.limit, route.weights_TA.flatten(), pair_X)
         (out_XD,) = self._multiply(hidden_XF, ("w2",), counts_E)
         return combine(out_XD, route.order, shared_TD)
 
@@ -60,15 +67,15 @@ class Experts(nn.Module):
         """Replace w1, w2 or w3 by a quantised stack of the same shape; it no longer trains."""
         hold(self, name, weight)
 
-    def _multiply(self, x_XD: Tensor, names: tuple[str, ...], counts_E: Tensor) -> tuple[Tensor, ...]:
+    def _multiply(self, rows: Rows, names: tuple[str, ...], counts_E: Tensor) -> tuple[Tensor, ...]:
         """One product for each name; w1 and w3 are held in one format."""
         weights = [self._weight(name) for name in names]
         quantized = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
         floating = [weight for weight in weights if isinstance(weight, Tensor)]
         assert not (quantized and floating), f"{' and '.join(names)} are held in different formats"
         if quantized:
-            return quantized_grouped_linear(x_XD, quantized, counts_E)
-        return self.products(x_XD, floating, counts_E)
+            return quantized_grouped_linear(rows, quantized, counts_E)
+        return self.products(written(rows), floating, counts_E)
 
     def _weight(self, name: str) -> Tensor | QuantizedWeight:
         weight, scale, block_scale = (getattr(self, part) for part in (name, *scale_names(name)))
@@ -92,7 +99,8 @@ class SharedExpert(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         gate_TF, up_TF = linears(x_TD, self.w1, self.w3)
-        return self.w2(swiglu(gate_TF, up_TF, self.limit))
+        hidden_TF, down = Gated(gate_TF, up_TF, self.limit), self.w2.quantized
+        return self.w2(written(hidden_TF)) if down is None else quantized_linear(hidden_TF, down)
 
 
 def balance_loss(route: Route, segment: Segment) -> Tensor:

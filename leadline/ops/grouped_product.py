@@ -8,6 +8,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from leadline.ops.dispatch import use_kernel
+
+
+def grouped_product(x_TOX: Tensor, weight_OLX: Tensor) -> Tensor:
+    """y_to = W_o x_to: [T, O, L] in the dtype of both. Differentiable; a step's few rows without gradients have a
+    kernel, where Triton runs."""
+    groups, rows, _ = weight_OLX.shape
+    recorded = torch.is_grad_enabled() and (x_TOX.requires_grad or weight_OLX.requires_grad)
+    if use_kernel("grouped_product", x_TOX) and not recorded:
+        from leadline.ops.exact_linear import kernel
+
+        x_TN, weight_NX = x_TOX.flatten(1), weight_OLX.flatten(0, 1)
+        if kernel.takes(x_TN, [weight_NX]) and rows % kernel.ROWS == 0:
+            y_TN = kernel.few_rows_of_groups(x_TN.contiguous(), weight_NX.contiguous(), groups)
+            return y_TN.unflatten(1, (groups, rows))
+    return GroupedProduct.apply(x_TOX, weight_OLX)
+
 
 class GroupedProduct(torch.autograd.Function):
     """y_to = W_o x_to with results laid out as the inputs are, [T, O, ...]: the library writes them there, so nothing

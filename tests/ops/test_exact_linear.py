@@ -27,6 +27,11 @@ def test_value_and_gradients(shape: tuple[int, int, int], dtype: torch.dtype) ->
         torch.testing.assert_close(ours, theirs)
 
 
+def test_scaled() -> None:
+    x, weight = torch.randn(3, 6), torch.randn(4, 6)
+    torch.testing.assert_close(exact_linear(x, weight, 0.3), 0.3 * (x @ weight.T))
+
+
 def test_float64_stays() -> None:
     x, weight = torch.randn(2, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     assert exact_linear(x, weight).dtype == torch.float64

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leadline.ops.dispatch import implementation
-from leadline.ops.hyper_connection import mix_head, mix_in, mix_in_norm, mix_out
+from leadline.ops.hyper_connection import mix_head, mix_in, mix_in_norm, mix_on, mix_out
 from leadline.ops.rehearsal import rehearsal
 from leadline.ops.rms_norm import rms_norm
 from leadline.recipes.bench_ops.gate import results
@@ -143,6 +143,27 @@ def test_slices_add_up_alike_in_one_program_and_in_many(monkeypatch: pytest.Monk
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
+def check_mix_on(tokens: int, streams: int, width: int, device: str, dtype: torch.dtype) -> None:
+    """As one after the other."""
+    x, out, post, comb = mix_out_inputs(tokens, streams, width, device)
+    _, fn, base, scale = mix_in_inputs(tokens, streams, width, device)
+    x, out, weight = x.to(dtype), out.to(dtype), torch.rand(width, device=device).to(dtype)
+    with implementation("kernel"):
+        mixed = mix_out(x, out, post, comb)
+        wanted = mix_in_norm(mixed, fn, base, scale, weight, 20, 1e-6, 1e-6, 1e-6)
+        found = mix_on(x, out, post, comb, fn, base, scale, weight, 20, 1e-6, 1e-6, 1e-6)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("shape", [(1, 4, 256), (3, 2, 512), (16, 3, 256), (17, 2, 256), (2, 4, 48)], ids=str)
+def test_mix_on_interpreted(shape: tuple[int, int, int]) -> None:
+    from leadline.ops.hyper_connection import kernel
+
+    check_mix_on(*shape, "cpu", torch.float32)
+    assert kernel.takes_before(torch.empty(shape)) == (shape[0] <= 16 and shape[2] % 256 == 0)
+
+
 @pytest.mark.interpret
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_mix_out_interpreted(shape: tuple[int, int, int], against_reference: Callable[..., None]) -> None:
@@ -176,9 +197,9 @@ def test_no_tokens(against_reference: Callable[..., None]) -> None:
 @pytest.mark.interpret
 def test_a_token_does_not_depend_on_its_neighbours() -> None:
     """Among many, or among the few of a step."""
-    x, *parameters = mix_in_inputs(70, 4, 8)
+    x, *parameters = mix_in_inputs(75, 4, 8)
     with implementation("kernel"):
-        for several, fewer in ((70, 20), (16, 1)):
+        for several, fewer in ((75, 70), (64, 20), (16, 1)):
             results = (into()(x[:tokens], *parameters) for tokens in (several, fewer))
             for one, other in zip(*results, strict=True):
                 assert torch.equal(one[:fewer], other)
@@ -220,11 +241,18 @@ def test_a_token_on_the_card_does_not_depend_on_its_neighbours() -> None:
     """Among so many that slices are added up in one program, or a program does a row of columns; among few; in a
     step."""
     x, *parameters = gpu_inputs("in", (5000, 4, 4096), torch.bfloat16)
-    for sizes in ((5000, 2000, 65, 64, 17), (16, 4, 1)):
+    for sizes in ((5000, 2000, 65), (64, 17), (16, 4, 1)):
         fewest = into()(x[: sizes[-1]], *parameters)
         for tokens in sizes[:-1]:
             for one, other in zip(into()(x[:tokens], *parameters), fewest, strict=True):
                 assert torch.equal(one[: sizes[-1]], other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4, 4096), (3, 4, 1024), (16, 4, 4096), (17, 4, 4096), (1, 4, 7168)], ids=str)
+def test_mix_on_compiled(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    check_mix_on(*shape, "cuda", dtype)
 
 
 @pytest.mark.gpu

@@ -14,10 +14,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from leadline.ops.cross_entropy import cross_entropy
 from leadline.ops.dispatch import implementation
-from leadline.ops.exact_linear import exact_linear
+from leadline.ops.exact_linear import exact_linear, exact_linears
 from leadline.ops.gated_pool import gated_pool
 from leadline.ops.grouped_linear import grouped_linear
-from leadline.ops.hyper_connection import mix_head, mix_in, mix_in_norm, mix_out
+from leadline.ops.grouped_product import grouped_product
+from leadline.ops.hyper_connection import mix_head, mix_in, mix_in_norm, mix_on, mix_out
 from leadline.ops.newton_schulz import newton_schulz
 from leadline.ops.norm_rope import norm_rope
 from leadline.ops.opaque import opaque
@@ -46,6 +47,11 @@ def unrecorded(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, weight: Tenso
     return *mix_in_norm(x, fn, base, scale, weight, 2, EPS, EPS, EPS)[1:], free.sum()
 
 
+def on(*tensors: Tensor) -> Tensor:
+    x, out, post, comb, fn, base, scale, weight = (tensor.detach() for tensor in tensors)
+    return mix_on(x, out, post, comb, fn, base, scale, weight, 2, EPS, EPS, EPS)[1] + tensors[0].sum()
+
+
 # op: (function, shapes or ready tensors of its inputs). Integers are the same in every call.
 CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...] | Tensor]]] = {
     "rms_norm": (lambda x, weight: rms_norm(x, weight, EPS), [(5, 8), (8,)]),
@@ -68,12 +74,21 @@ CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...] | Tensor]]] = {
     "route few": (routed, [(5, 8), torch.tensor([0.0, 1.0] * 4)]),
     "route many": (routed, [(11, 8), torch.tensor([0.0, 1.0] * 4)]),
     "exact_linear": (lambda x, weight: exact_linear(x.detach(), weight.detach()) + x.sum(), [(3, 8), (5, 8)]),
+    "exact_linears": (
+        lambda x, *weights: exact_linears(x.detach(), [weight.detach() for weight in weights])[1] + x.sum(),
+        [(3, 8), (5, 8), (2, 8)],
+    ),
+    "grouped_product": (
+        lambda x, weight: grouped_product(x.detach(), weight.detach()) + x.sum(),
+        [(3, 2, 8), (2, 4, 8)],
+    ),
     "swiglu without weights": (lambda gate, up: swiglu(gate, up, 1.0), [(5, 8), (5, 8)]),
     "mix_in": (lambda x, fn, base, scale: mix_in(x, fn, base, scale, 2, EPS, EPS), [(5, 4, 8), (24, 32), (24,), (3,)]),
     "mix_in_norm": (
         unrecorded,
         [(5, 4, 8), (24, 32), (24,), (3,), (8,)],
     ),
+    "mix_on": (on, [(5, 2, 256), (5, 256), (5, 2), (5, 2, 2), (8, 512), (8,), (3,), (256,)]),
     "mix_out": (mix_out, [(5, 4, 8), (5, 8), (5, 4), (5, 4, 4)]),
     "mix_head": (lambda x, fn, base, scale: mix_head(x, fn, base, scale, EPS, EPS), [(5, 4, 8), (4, 32), (4,), (1,)]),
     "gated_pool": (
@@ -84,6 +99,9 @@ CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...] | Tensor]]] = {
     "newton_schulz": (newton_schulz, [(2, 12, 8)]),
     "token_permutation": (experts, [(5, 8), torch.tensor([[0, 3], [1, 2], [3, 0], [0, 1], [2, 3]])]),
 }
+
+
+FORWARD_ONLY = ("newton_schulz", "exact_linear", "exact_linears", "grouped_product", "mix_in_norm", "mix_on")
 
 
 def inputs_of(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -139,7 +157,7 @@ def test_fakes_look_like_the_results(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with implementation("kernel"), FakesMatch() as mode:
         outputs_and_gradients(CASES[name][0], inputs_of(name))
-    assert len(mode.seen) >= (1 if name in ("newton_schulz", "exact_linear", "mix_in_norm") else 2)
+    assert len(mode.seen) >= (1 if name in FORWARD_ONLY else 2)
 
 
 # torch's tracer makes an instance of each autograd function, against its own advice.

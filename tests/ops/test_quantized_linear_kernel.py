@@ -19,12 +19,16 @@ from leadline.ops.dispatch import implementation
 from leadline.ops.invariance import batch_invariant
 from leadline.ops.quantized_linear import (
     FORMATS,
+    Dispatched,
     Format,
+    Gated,
     QuantizedWeight,
     quantize,
     quantized_grouped_linear,
     quantized_linear,
+    quantized_linears,
 )
+from leadline.ops.token_permutation import expert_order
 
 COUNTS = {
     "one expert": [5],
@@ -51,7 +55,7 @@ def close(found: Tensor, wanted: Tensor, bound: float = 1e-6) -> bool:
 @pytest.mark.usefixtures("loops_to_scalars")
 @pytest.mark.parametrize("width", [32, 128, 160, 1000])
 def test_activations_become_the_codes_of_the_format(width: int) -> None:
-    from leadline.ops.quantized_linear.round_kernel import round_activations
+    from leadline.ops.quantized_linear.round_kernel import Operands, round_activations
 
     x = torch.randn(9, width) * torch.logspace(-9, 6, width)
     x[1, : width // 2] = 0
@@ -59,7 +63,7 @@ def test_activations_become_the_codes_of_the_format(width: int) -> None:
     x[3, 0], x[3, -1] = torch.nan, -torch.inf
     for dtype in (torch.float32, torch.bfloat16):
         codes, scale = fp8.quantize(x.to(dtype), 128)
-        rounded = round_activations(x.to(dtype), None, 16, False)
+        rounded = round_activations(Operands(x.to(dtype)), None, 16, False)
         finite = scale.isfinite()
         assert torch.equal(rounded.scale[:, :9].T.isfinite(), finite)
         assert torch.equal(rounded.scale[:, :9].T[finite], scale[finite])
@@ -71,7 +75,7 @@ def test_activations_become_the_codes_of_the_format(width: int) -> None:
 @pytest.mark.usefixtures("loops_to_scalars")
 def test_every_code_and_tie() -> None:
     """Groups led by 448 have scale 1: all values of the format, and all middles between two of them."""
-    from leadline.ops.quantized_linear.round_kernel import round_activations
+    from leadline.ops.quantized_linear.round_kernel import Operands, round_activations
 
     finite = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     x = torch.stack([finite, (finite + finite.roll(-1)) / 2])
@@ -79,7 +83,7 @@ def test_every_code_and_tie() -> None:
     x = torch.cat([torch.full((2, 1), 448.0), x], 1)
     for values in (x, -x):
         codes, _ = fp8.quantize(values, 128)
-        assert torch.equal(round_activations(values, None, 16, False).codes, codes.view(torch.uint8))
+        assert torch.equal(round_activations(Operands(values), None, 16, False).codes, codes.view(torch.uint8))
 
 
 @pytest.mark.interpret
@@ -87,9 +91,9 @@ def test_every_code_and_tie() -> None:
 @pytest.mark.parametrize("tokens", [16, 32])
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
 def test_tiles_cover_every_row_once(counts: list[int], tokens: int) -> None:
-    from leadline.ops.quantized_linear.round_kernel import round_activations
+    from leadline.ops.quantized_linear.round_kernel import Operands, round_activations
 
-    rounded = round_activations(torch.randn(sum(counts), 128), torch.tensor(counts), tokens, False)
+    rounded = round_activations(Operands(torch.randn(sum(counts), 128)), torch.tensor(counts), tokens, False)
     assert rounded.tiles is not None
     number, *_ = rounded.tiles.tolist()
     assert number <= rounded.max_tiles
@@ -174,6 +178,57 @@ def test_compiled_by_torch(format: Format) -> None:
         assert torch.equal(torch.compile(op, fullgraph=True, backend="aot_eager")(x), op(x))
 
 
+# -- rows that nobody writes down ----------------------------------------------------------------------------------
+
+
+def rows_of_experts(tokens: int, choices: int, width: int, device: str = "cpu") -> tuple[Dispatched, Gated]:
+    """The operands of the products of 5 experts, those of tokens and those of hidden vectors."""
+    experts_TA = torch.rand(tokens, 5).argsort(1)[:, :choices].to(device)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    x, gate, up = (2 * torch.randn(rows, width).to(device, dtype) for rows in (tokens, *[tokens * choices] * 2))
+    order = expert_order(experts_TA, 5)
+    return Dispatched(x, order), Gated(gate, up, 1.5, torch.rand(tokens * choices).to(device), order.pair_X)
+
+
+def check_rows(format: Format, tokens: int, choices: int, rows: tuple[int, ...], width: int, device: str) -> None:
+    """The same bits as of rows that were written before."""
+    weights = [random_weight(format, 5, number, width) for number in rows]
+    weights = weights if device == "cpu" else [on_gpu(weight) for weight in weights]
+    with implementation("kernel"):
+        dispatched, gated = rows_of_experts(tokens, choices, width, device)
+        for operands in (dispatched, gated):
+            found = quantized_grouped_linear(operands, weights, dispatched.order.counts_E)
+            wanted = quantized_grouped_linear(operands.written(), weights, dispatched.order.counts_E)
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+        gate = Gated(gated.gate, gated.up, 1.5)
+        assert torch.equal(quantized_linear(gate, weights[0][1]), quantized_linear(gate.written(), weights[0][1]))
+
+
+@pytest.mark.interpret
+@pytest.mark.usefixtures("loops_to_scalars")
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("tokens", "choices", "width"), [(1, 3, 160), (2, 2, 288), (7, 2, 128), (3, 1, 1056)])
+def test_rows_made_on_the_way(format: Format, tokens: int, choices: int, width: int) -> None:
+    check_rows(format, tokens, choices, (5, 70), width, "cpu")
+
+
+@pytest.mark.interpret
+@pytest.mark.usefixtures("loops_to_scalars")
+def test_rows_made_on_the_way_have_gradients() -> None:
+    (x, order), gated = rows_of_experts(3, 2, 32)
+    stack = random_weight("fp8", 5, 8, 32)
+    with implementation("kernel"):
+        for leaf, rows in (
+            (x, Dispatched(x.requires_grad_(), order)),
+            (gated.up, Gated(gated.gate, gated.up.requires_grad_(), *gated[2:])),
+        ):
+            found, wanted = (
+                torch.autograd.grad(quantized_grouped_linear(made, [stack], order.counts_E)[0].sum(), leaf)[0]
+                for made in (rows, rows.written())
+            )
+            assert torch.equal(found, wanted)
+
+
 # -- few tokens ----------------------------------------------------------------------------------------------------
 
 
@@ -185,6 +240,18 @@ def test_compiled_by_torch(format: Format) -> None:
 def test_few_interpreted(few: list[int], tokens: int, rows: int, columns: int) -> None:
     check_dense("fp8", tokens, rows, columns)
     assert few == [tokens] * 2
+
+
+@pytest.mark.interpret
+@pytest.mark.usefixtures("loops_to_scalars")
+@pytest.mark.parametrize("heights", [(9, 130), (16, 3), (5, 8, 20)])
+def test_few_tokens_with_several_weights(few: list[int], heights: tuple[int, ...]) -> None:
+    weights, x = [random_weight("fp8", rows, 160) for rows in heights], torch.randn(3, 160)
+    with implementation("kernel"):
+        found = quantized_linears(x, weights)
+        for y, weight in zip(found, weights, strict=True):
+            assert torch.equal(y, quantized_linear(x, weight))
+    assert few == [3] * (1 + len(heights))
 
 
 @pytest.mark.interpret
@@ -227,9 +294,9 @@ def few(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     ran, multiply = [], few_kernel.multiply
 
-    def noted(x: Tensor, *arguments: Any) -> None:
-        ran.append(len(x))
-        multiply(x, *arguments)
+    def noted(rows: Any, *arguments: Any) -> None:
+        ran.append(rows.num_rows)
+        multiply(rows, *arguments)
 
     monkeypatch.setattr(few_kernel, "multiply", noted)
     return ran
@@ -265,8 +332,9 @@ def hopper(engine: Any, monkeypatch: pytest.MonkeyPatch, fixed_order: None) -> I
 
     class Launcher:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            def launch(*arguments: Any, num_warps: int, maxnreg: int | None) -> None:
-                tokens, groups, _stages, matrices = arguments[-4:]
+            def launch(*arguments: Any, num_warps: int, maxnreg: int | None, launch_pdl: bool) -> None:
+                tokens, groups, _stages, _depth, matrices, early = arguments[-6:]
+                assert early is launch_pdl is False
                 launched.add((tokens, groups, matrices))
                 copied = [engine.Descriptor(x.base, x.block_shape) for x in arguments[:4]]
                 kernels.run("quantized_linear_fwd_hopper_kernel", grid, *copied, *arguments[4:])
@@ -364,6 +432,13 @@ def test_dense(format: Format, dtype: torch.dtype, tokens: int, rows: int, colum
     assert found.dtype == dtype
     assert torch.equal(found, again)
     assert (found.double() - wanted).norm() <= (3e-3 if dtype == torch.bfloat16 else 3e-4) * wanted.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("tokens", "choices", "width"), [(1, 3, 256), (3, 2, 1024), (129, 4, 640), (5, 2, 160)])
+def test_rows_on_the_card(format: Format, tokens: int, choices: int, width: int) -> None:
+    check_rows(format, tokens, choices, (128, 128), width, "cuda")
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from leadline.ops.early_start import begin
+from leadline.ops.early_start import begin, let_next_start, wait_for_earlier
 
 # -- exact products ------------------------------------------------------------------------------------------------
 
@@ -70,12 +70,33 @@ def hyper_connection_projection_fwd_kernel(
     tl.store(target, result, mask=(tokens < T)[:, None])
 
 
+@triton.jit
+def _mixed_slice(
+    x_ptr, out_ptr, post_ptr, comb_ptr, token, first, S: tl.constexpr, D: tl.constexpr, SLICE: tl.constexpr
+):
+    """What hyper_connection_out_fwd_kernel makes of SLICE columns of one stream, FP32. first: of them, numbered through
+    all streams."""
+    k = first // D
+    columns = first % D + tl.arange(0, SLICE)
+    out = tl.load(out_ptr + token * D + columns).to(tl.float32)
+    mixed = tl.load(post_ptr + token * S + k) * out
+    for j in tl.static_range(S):
+        x = tl.load(x_ptr + (token * S + j) * D + columns).to(tl.float32)
+        mixed += tl.load(comb_ptr + (token * S + j) * S + k) * x
+    return mixed
+
+
 @triton.jit(do_not_specialize=["T"])
 def hyper_connection_projection_step_kernel(
     x_ptr,
+    out_ptr,
+    post_ptr,
+    comb_ptr,
+    mixed_ptr,
     fn_ptr,
     partial_ptr,
     T,
+    S: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     SLICE: tl.constexpr,
@@ -84,15 +105,23 @@ def hyper_connection_projection_step_kernel(
     EARLY: tl.constexpr,
 ):
     """What hyper_connection_projection_fwd_kernel leaves of one slice, for TOKENS tokens one after the other. A slice
-    of fn stays in registers."""
+    of fn stays in registers. With out, post and comb of the sublayer before, the streams are mixed first; a slice is
+    then of one stream."""
+    let_next_start(EARLY)
     rows = tl.arange(0, BLOCK_ROWS)
     columns = tl.program_id(0) * SLICE + tl.arange(0, SLICE)
     inside = (rows < ROWS)[:, None] & (columns < WIDTH)[None, :]
     fn = tl.load(fn_ptr + rows[:, None] * WIDTH + columns[None, :], mask=inside, other=0.0)
-    begin(EARLY)  # fn is on its way
+    wait_for_earlier(EARLY)
     first = tl.program_id(1) * TOKENS
     for token in range(first, min(first + TOKENS, T)):
-        x = tl.load(x_ptr + tl.cast(token, tl.int64) * WIDTH + columns, mask=columns < WIDTH, other=0.0)
+        row = tl.cast(token, tl.int64)
+        if out_ptr is None:
+            x = tl.load(x_ptr + row * WIDTH + columns, mask=columns < WIDTH, other=0.0)
+        else:
+            x = _mixed_slice(x_ptr, out_ptr, post_ptr, comb_ptr, row, tl.program_id(0) * SLICE, S, WIDTH // S, SLICE)
+            x = x.to(mixed_ptr.dtype.element_ty)
+            tl.store(mixed_ptr + row * WIDTH + columns, x)
         x = x.to(tl.float32)[None, :]
         products = tl.sum(tl.where((rows == ROWS)[:, None], x, fn) * x, axis=1)
         tl.store(partial_ptr + (tl.program_id(0) * T + token) * BLOCK_ROWS + rows, products)
@@ -112,8 +141,10 @@ def hyper_connection_out_fwd_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SPAN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """SPAN columns of one token."""
+    begin(EARLY)
     token = tl.program_id(0).to(tl.int64)
     post, comb = (), ()
     for k in tl.static_range(S):
@@ -362,6 +393,25 @@ def _projections_of_token(
 
 
 @triton.jit
+def _normalized_tile(comb, eps, AXIS: tl.constexpr):
+    """comb, a tile, with every sum along an axis made 1."""
+    return comb / tl.expand_dims(tl.sum(comb, axis=AXIS) + eps, AXIS)
+
+
+@triton.jit
+def _sinkhorn_tile(logits, inside, ROUNDS: tl.constexpr, eps):
+    """_sinkhorn of one token as a tile, of which `inside` is real: a thread has one number instead of all."""
+    logits = tl.where(inside, logits, -1e30)
+    weights = tl.where(inside, tl.exp(logits - tl.max(logits, axis=1)[:, None]), 0.0)
+    # A real row has a weight of 1, the others are to be divided by something.
+    comb = tl.where(inside, weights / tl.maximum(tl.sum(weights, axis=1), 1.0)[:, None] + eps, 0.0)
+    comb = _normalized_tile(comb, eps, 0)
+    for _ in range(ROUNDS - 1):
+        comb = _normalized_tile(_normalized_tile(comb, eps, 1), eps, 0)
+    return comb
+
+
+@triton.jit
 def _coefficients_of_token(
     token,
     mixes,
@@ -377,25 +427,24 @@ def _coefficients_of_token(
     S: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    """_coefficients of one token, in numbers that all threads have alike."""
+    """_coefficients of one token."""
     rows = tl.arange(0, BLOCK_ROWS)
     tl.store(inverse_rms_ptr + token, inverse_rms)
     mixes_ptr += token * ROWS
     tl.store(mixes_ptr + rows, mixes, mask=rows < ROWS)
     if ROWS > S:
         tl.debug_barrier()  # other threads read now what was written above
-        post_scale, comb_scale = tl.load(scale_ptr + 1), tl.load(scale_ptr + 2)
-        logits = ()
-        for place in tl.static_range(S * S):
-            mix = tl.load(mixes_ptr + 2 * S + place)
-            logits = logits + (mix * comb_scale + tl.load(base_ptr + 2 * S + place),)
-        for k in tl.static_range(S):
-            post = tl.load(mixes_ptr + S + k) * post_scale + tl.load(base_ptr + S + k)
-            tl.store(post_ptr + token * S + k, 2 * tl.sigmoid(post))
-        comb = _sinkhorn(logits, ROUNDS, eps, S)
-        for place in tl.static_range(S * S):
-            tl.store(comb_ptr + token * (S * S) + place, comb[place])
+        k = tl.arange(0, BLOCK_S)
+        post = tl.load(mixes_ptr + S + k, mask=k < S, other=0.0) * tl.load(scale_ptr + 1)
+        post += tl.load(base_ptr + S + k, mask=k < S, other=0.0)
+        tl.store(post_ptr + token * S + k, 2 * tl.sigmoid(post), mask=k < S)
+        place, inside = k[:, None] * S + k[None, :], (k < S)[:, None] & (k < S)[None, :]
+        logits = tl.load(mixes_ptr + 2 * S + place, mask=inside, other=0.0) * tl.load(scale_ptr + 2)
+        logits += tl.load(base_ptr + 2 * S + place, mask=inside, other=0.0)
+        comb = _sinkhorn_tile(logits, inside, ROUNDS, eps)
+        tl.store(comb_ptr + token * (S * S) + place, comb, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -421,16 +470,20 @@ def hyper_connection_in_step_kernel(
     PARTS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """hyper_connection_in_fwd_kernel with a row of programs for each token: the last makes the coefficients, the others
     y. norm: the weight of an RMS norm that follows; a program then has a whole y, which is rounded before as if it had
     been stored."""
-    begin(EARLY)
+    let_next_start(EARLY)
     token = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) < tl.num_programs(1) - 1:
         columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        if norm_ptr is not None:
+            norm = tl.load(norm_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+        wait_for_earlier(EARLY)
         streams = ()
         for j in tl.static_range(S):
             x = tl.load(x_ptr + (token * S + j) * D + columns, mask=columns < D, other=0.0)
@@ -446,13 +499,14 @@ def hyper_connection_in_step_kernel(
         if norm_ptr is not None:
             y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
             y *= tl.rsqrt(tl.sum(y * y, axis=0) / D + norm_eps)
-            y *= tl.load(norm_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+            y *= norm
         tl.store(y_ptr + token * D + columns, y.to(y_ptr.dtype.element_ty), mask=columns < D)
     else:
+        wait_for_earlier(EARLY)
         mixes, inverse_rms = _projections_of_token(
             token, partial_ptr, T, rms_eps, S * D, ROWS, PARTS, GROUP, BLOCK_ROWS
         )  # fmt: skip
         _coefficients_of_token(
             token, mixes, inverse_rms, base_ptr, scale_ptr, post_ptr, comb_ptr, mixes_ptr, inverse_rms_ptr, eps, ROUNDS,
-            S, ROWS, BLOCK_ROWS,
+            S, ROWS, BLOCK_ROWS, BLOCK_S,
         )  # fmt: skip

@@ -21,7 +21,8 @@ Into a sublayer there are two steps:
   order either way, so that a token's result does not depend on how many tokens come along. The matrix units need 64
   tokens at once; up to `TOKENS_OF_A_STEP` are multiplied without them, which rounds the sums of a slice otherwise;
 - the collapse adds those up and reads the streams; other programs of the same launch make post and comb meanwhile. Up
-  to `FEW_TOKENS`, each token has programs of its own: what counts is then how soon the last of them is done.
+  to `FEW_TOKENS`, each token has programs of its own: what counts is then how soon the last of them is done, the one
+  for the coefficients. Its threads therefore share the numbers of comb, which rounds their sums otherwise.
 
 The head of the network is a `mix_in` of which only pre and y are wanted; fn has S rows there.
 
@@ -124,17 +125,22 @@ def _tile(x_TSD: Tensor, tile: Tile) -> Tile:
 # -- forward -------------------------------------------------------------------------------------------------------
 
 
-def _project(x_TSD: Tensor, fn: Tensor) -> tuple[Tensor, int]:
-    """(partial products and sums of squares, [parts, T, rows of a block]; how many of them to add up first)."""
-    num_tokens, width, block_rows = x_TSD.shape[0], x_TSD.shape[1] * x_TSD.shape[2], _rows_of_block(len(fn))
+def _project(
+    x_TSD: Tensor, fn: Tensor, before: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+) -> tuple[Tensor, int]:
+    """(partial products and sums of squares, [parts, T, rows of a block]; how many of them to add up first). before:
+    out, post and comb of the sublayer before, and where the streams that they make of x are written; `takes_before`
+    says when."""
+    num_tokens, num_streams, width = x_TSD.shape
+    width, block_rows = num_streams * width, _rows_of_block(len(fn))
     together = SLICES_TOGETHER if num_tokens >= VERY_MANY_TOKENS else 1
     parts = triton.cdiv(width, SLICE * together)
     partial = torch.empty(parts, num_tokens, block_rows, device=x_TSD.device)
     if together == 1 and num_tokens <= TOKENS_OF_A_STEP and not is_batch_invariant():
         early = starts_early(x_TSD.device)
         hyper_connection_projection_step_kernel[(parts, triton.cdiv(num_tokens, TOKENS_PER_SLICE))](
-            x_TSD, fn, partial, num_tokens, width, len(fn), SLICE, TOKENS_PER_SLICE, block_rows, early,
-            launch_pdl=early, num_warps=8,
+            x_TSD, *(before or [None] * 4), fn, partial, num_tokens, num_streams, width, len(fn), SLICE,
+            TOKENS_PER_SLICE, block_rows, early, launch_pdl=early, num_warps=8,
         )  # fmt: skip
         return partial, SLICES_TOGETHER
     hyper_connection_projection_fwd_kernel[(parts, triton.cdiv(num_tokens, PROJECTION.tokens))](
@@ -169,8 +175,9 @@ def _collapse(
         (weight, norm_eps), early = norm or (None, 0.0), starts_early(x_TSD.device)
         block = triton.next_power_of_2(width) if norm else _block_of_columns(width, BLOCK_D)
         hyper_connection_in_step_kernel[(num_tokens, triton.cdiv(width, block) + 1)](
-            x_TSD, partial, base, scale, weight, *results, num_tokens, eps, rms_eps, norm_eps, rounds, *shape, block,
-            early, launch_pdl=early, num_warps=4 if norm is None else norm_warps(width),
+            x_TSD, partial, base, scale, weight, *results, num_tokens, eps, rms_eps, norm_eps, rounds, *shape,
+            triton.next_power_of_2(num_streams), block, early,
+            launch_pdl=early, num_warps=4 if norm is None else norm_warps(width),
         )  # fmt: skip
         return results
     block = _block_of_columns(width, COLLAPSE.columns if num_tokens >= MANY_TOKENS else BLOCK_D)
@@ -187,6 +194,12 @@ def takes_norm(x_TSD: Tensor) -> bool:
     """Whether the collapse also does the norm behind it: few tokens, of which a program may have a whole row without so
     many warps that the coefficients, which each of them computes, take longer."""
     return 0 < len(x_TSD) <= FEW_TOKENS and norm_warps(x_TSD.shape[2]) <= 8 and not is_batch_invariant()
+
+
+def takes_before(x_TSD: Tensor) -> bool:
+    """Whether the projection also does the way out of the sublayer before: the few tokens of a step, and slices that
+    are each of one stream."""
+    return 0 < len(x_TSD) <= TOKENS_OF_A_STEP and x_TSD.shape[2] % SLICE == 0 and takes_norm(x_TSD)
 
 
 def _empty_coefficients(x_TSD: Tensor, fn: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -237,6 +250,49 @@ def mix_in_norm(
     return mix_in_norm_forward(x_TSD.contiguous(), *parameters, rounds, eps, rms_eps, norm_eps)
 
 
+@opaque(lambda x_TSD, out_TD, post_TS, comb_TSS, fn, *_: (torch.empty_like(x_TSD), *_empty_coefficients(x_TSD, fn)[:3]))
+def mix_on_forward(
+    x_TSD: Tensor,
+    out_TD: Tensor,
+    post_TS: Tensor,
+    comb_TSS: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    rounds: int,
+    eps: float,
+    rms_eps: float,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(the mixed streams, norm of y_TD, post_TS, comb_TSS) for contiguous inputs, parameters in FP32 but for the weight
+    of the norm, and streams that `takes_before` allows."""
+    mixed_TSD = torch.empty_like(x_TSD)
+    partial, group = _project(x_TSD, fn, (out_TD, post_TS, comb_TSS, mixed_TSD))
+    results = _collapse(mixed_TSD, partial, group, base, scale, rounds, eps, rms_eps, (weight, norm_eps))
+    return mixed_TSD, *results[:3]
+
+
+def mix_on(
+    x_TSD: Tensor,
+    out_TD: Tensor,
+    post_TS: Tensor,
+    comb_TSS: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    rounds: int,
+    eps: float,
+    rms_eps: float,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`mix_on_forward` of any layouts and dtypes."""
+    parameters = *_wide(fn, base, scale), weight.contiguous()
+    inputs = _contiguous(x_TSD, out_TD, post_TS, comb_TSS)
+    return mix_on_forward(*inputs, *parameters, rounds, eps, rms_eps, norm_eps)
+
+
 @opaque(lambda x_TSD, fn, *_: tuple(_empty_coefficients(x_TSD, fn)[number] for number in (0, 3, 4)))
 def mix_head_forward(
     x_TSD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, rms_eps: float
@@ -252,10 +308,11 @@ def mix_out_forward(x_TSD: Tensor, out_TD: Tensor, post_TS: Tensor, comb_TSS: Te
     mixed_TSD, (num_tokens, num_streams, width) = torch.empty_like(x_TSD), x_TSD.shape
     many = num_tokens >= MANY_TOKENS
     block = _block_of_columns(width, OUT_BLOCK_D if many else BLOCK_D)
-    span = _span(num_tokens, width, block)
+    span, early = _span(num_tokens, width, block), starts_early(x_TSD.device)
     hyper_connection_out_fwd_kernel[(num_tokens, triton.cdiv(width, span))](
-        x_TSD, out_TD, post_TS, comb_TSS, mixed_TSD, num_streams, width, block, span, num_warps=8 if many else 4
-    )
+        x_TSD, out_TD, post_TS, comb_TSS, mixed_TSD, num_streams, width, block, span, early,
+        launch_pdl=early, num_warps=8 if many else 4,
+    )  # fmt: skip
     return mixed_TSD
 
 

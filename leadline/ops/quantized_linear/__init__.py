@@ -22,26 +22,34 @@ from torch.autograd.function import once_differentiable
 from leadline.ops.dispatch import use_kernel
 from leadline.ops.grouped_linear import grouped_linear
 from leadline.ops.quantized_linear import reference
+from leadline.ops.quantized_linear.rows import Dispatched, Gated, Rows, written
 from leadline.ops.quantized_linear.weight import FORMATS, Format, QuantizedWeight, quantize
 
 __all__ = [
     "FORMATS",
+    "Dispatched",
     "Format",
+    "Gated",
     "QuantizedWeight",
+    "Rows",
     "quantize",
     "quantized_grouped_linear",
     "quantized_linear",
     "quantized_linears",
+    "written",
 ]
 
 
-def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
+def quantized_linear(x: Tensor | Gated, weight: QuantizedWeight) -> Tensor:
     """y = x W^T of x [..., N] and a weight [O, N]; [..., O] in the dtype of x.
 
     x: floating; a row with an infinity or NaN gives NaN. The sum over a slab is exact in the reference; kernels add in
     the matrix units, whose precision is below FP32 for eight-bit operands, and always in the same order, so a row's
-    result depends on nothing but the row. Differentiable in x, straight through its rounding: dx = dy W.
+    result depends on nothing but the row. Differentiable in x, straight through its rounding: dx = dy W. x may be a
+    SwiGLU of two [T, N] that is nowhere else needed.
     """
+    if not isinstance(x, Tensor):
+        return _differentiable(x, [weight], None)[0]
     (y_TO,) = _differentiable(x.flatten(0, -2), [weight], None)
     return y_TO.unflatten(0, x.shape[:-1])
 
@@ -51,27 +59,28 @@ def quantized_linears(x_TN: Tensor, weights: Sequence[QuantizedWeight]) -> tuple
     return _differentiable(x_TN, weights, None)
 
 
-def quantized_grouped_linear(x_XN: Tensor, weights: Sequence[QuantizedWeight], counts_E: Tensor) -> tuple[Tensor, ...]:
+def quantized_grouped_linear(x_XN: Rows, weights: Sequence[QuantizedWeight], counts_E: Tensor) -> tuple[Tensor, ...]:
     """y[rows of expert e] = x[rows of expert e] W[e]^T for each of several stacks [E, O, N]: one [X, O] for each.
 
-    x_XN: [X, N], rows sorted by expert, rounded once for all stacks. counts_E: int64 [E], rows of each expert, sum X.
-    Arithmetic, dtypes and gradient as in `quantized_linear`. On CUDA the host does not wait for the counts.
+    x_XN: [X, N], rows sorted by expert, rounded once for all stacks, or what they are made of. counts_E: int64 [E],
+    rows of each expert, sum X. Arithmetic, dtypes and gradient as in `quantized_linear`. On CUDA the host does not wait
+    for the counts.
     """
     return _differentiable(x_XN, weights, counts_E)
 
 
-def _differentiable(x_TN: Tensor, weights: Sequence[QuantizedWeight], counts_E: Tensor | None) -> tuple[Tensor, ...]:
-    if torch.is_grad_enabled() and x_TN.requires_grad:
-        return _QuantizedLinear.apply(x_TN, counts_E, tuple(weights))
-    return _products(x_TN, weights, counts_E)
+def _differentiable(rows: Rows, weights: Sequence[QuantizedWeight], counts_E: Tensor | None) -> tuple[Tensor, ...]:
+    if torch.is_grad_enabled() and rows.requires_grad:
+        return _QuantizedLinear.apply(written(rows), counts_E, tuple(weights))
+    return _products(rows, weights, counts_E)
 
 
-def _products(x_TN: Tensor, weights: Sequence[QuantizedWeight], counts_E: Tensor | None) -> tuple[Tensor, ...]:
-    if use_kernel("quantized_linear", x_TN):
+def _products(rows: Rows, weights: Sequence[QuantizedWeight], counts_E: Tensor | None) -> tuple[Tensor, ...]:
+    if use_kernel("quantized_linear", rows if isinstance(rows, Tensor) else rows[0]):
         from leadline.ops.quantized_linear import kernel
 
-        return kernel.products(x_TN, weights, counts_E)
-    return reference.products(x_TN, weights, counts_E)
+        return kernel.products(rows, weights, counts_E)
+    return reference.products(written(rows), weights, counts_E)
 
 
 class _QuantizedLinear(torch.autograd.Function):

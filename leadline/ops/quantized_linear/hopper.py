@@ -7,11 +7,12 @@ tokens runs the same instructions over the slabs in the same order: a row's resu
 FLOPs are the floor for many tokens, 2 T O N of them at the rate of eight-bit matrix units; the bytes of the weight for
 few, O N for FP8 and 17 / 32 of it for FP4. A program therefore is a pipeline of three parts that run at once:
 
-- One warp copies: it asks the copy engine (TMA) for the next slab of weight, activations and their scales, as long as
-  one of the STAGES buffers is free.
+- One warp copies: it asks the copy engine (TMA) for the next slab of weight, activations and their scales, or, for few
+  tokens, the next DEPTH of them, as long as one of the STAGES buffers is free.
 - One or two warp groups multiply, each 64 rows of the weight with all tokens of the tile: a slab of 128 columns in the
   matrix units, then scaled and added to FP32 sums in registers. While one group adds, the other has the matrix units,
-  which is why tiles have two groups where there are enough of them; for few tokens one group makes twice the programs.
+  which is why tiles have two groups where there are enough of them; for few tokens one group makes twice the programs,
+  and works on the codes of one slab of a buffer while the matrix units have the one before.
 
 Programs are persistent: each takes every so-manyth tile, and the copies for its next tile begin while it stores the
 last one. In a grouped product the kernel that rounds the activations (`round_kernel.py`) lists the tiles, because only
@@ -41,7 +42,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from leadline.ops.early_start import starts_early
 from leadline.ops.quantized_linear.round_kernel import Activations, Weight
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # as Triton 3.6 calls it
@@ -122,28 +125,30 @@ def _tile(
 @gluon.jit
 def _copy(
     weight, other_weight, x, x_scale, w_tiles, x_tiles, scale_tiles, full, empty, tiles, max_tiles, T, stride, O, N,  # noqa: E741
-    TOKENS: gl.constexpr, HEIGHT: gl.constexpr, STAGES: gl.constexpr, MATRICES: gl.constexpr,
+    TOKENS: gl.constexpr, HEIGHT: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr, MATRICES: gl.constexpr,
 ):  # fmt: skip
-    """Fill the buffers, slab after slab and tile after tile, as they become free."""
+    """Fill the buffers, DEPTH slabs after each other and tile after tile, as they become free."""
     WIDTH: gl.constexpr = w_tiles.shape[2]
-    SIZE: gl.constexpr = HEIGHT * WIDTH + TOKENS * SLAB + 4 * scale_tiles.shape[1]
+    SIZE: gl.constexpr = DEPTH * (HEIGHT * WIDTH + TOKENS * SLAB + 4 * scale_tiles.shape[1])
     count = 0
     first, step = gl.program_id(0), gl.num_programs(0)
     entry = _entry(tiles, first, max_tiles, O, HEIGHT, MATRICES)
     for number in range(first, _number_of_tiles(tiles, max_tiles, O, HEIGHT, MATRICES), step):
         row, _, token, _, _ = _tile(entry, tiles, number, max_tiles, T, O, TOKENS, HEIGHT, MATRICES)
         entry = _entry(tiles, number + step, max_tiles, O, HEIGHT, MATRICES)
-        for slab in range(N // SLAB):
+        for first_slab in range(0, N // SLAB, DEPTH):
             stage = count % STAGES
             mbarrier.wait(empty.index(stage), (count // STAGES + 1) & 1)
             ready = full.index(stage)
             mbarrier.expect(ready, SIZE)
-            if number % MATRICES == 0:
-                tma.async_copy_global_to_shared(weight, [row, slab * WIDTH], ready, w_tiles.index(stage))
-            else:
-                tma.async_copy_global_to_shared(other_weight, [row, slab * WIDTH], ready, w_tiles.index(stage))
-            tma.async_copy_global_to_shared(x, [token, slab * SLAB], ready, x_tiles.index(stage))
-            tma.async_copy_global_to_shared(x_scale, [slab * stride + token], ready, scale_tiles.index(stage))
+            for place in gl.static_range(DEPTH):
+                slab, buffer = first_slab + place, stage * DEPTH + place
+                if number % MATRICES == 0:
+                    tma.async_copy_global_to_shared(weight, [row, slab * WIDTH], ready, w_tiles.index(buffer))
+                else:
+                    tma.async_copy_global_to_shared(other_weight, [row, slab * WIDTH], ready, w_tiles.index(buffer))
+                tma.async_copy_global_to_shared(x, [token, slab * SLAB], ready, x_tiles.index(buffer))
+                tma.async_copy_global_to_shared(x_scale, [slab * stride + token], ready, scale_tiles.index(buffer))
             count += 1
 
 
@@ -180,7 +185,8 @@ def _codes(pairs, sub_scale, block_scale, OPERAND: gl.constexpr):
 def _multiply(
     y, other_y, w_scale, other_w_scale, sub_scale, other_sub_scale,
     w_tiles, x_tiles, scale_tiles, full, empty, tiles, max_tiles, T, O, N,  # noqa: E741
-    GROUP: gl.constexpr, TOKENS: gl.constexpr, HEIGHT: gl.constexpr, STAGES: gl.constexpr, MATRICES: gl.constexpr,
+    GROUP: gl.constexpr, TOKENS: gl.constexpr, HEIGHT: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr,
+    MATRICES: gl.constexpr,
 ):  # fmt: skip
     """Rows 64 GROUP .. 64 GROUP + 63 of every tile."""
     CHUNK: gl.constexpr = min(TOKENS, 128)  # tokens of one matrix instruction
@@ -203,35 +209,34 @@ def _multiply(
         out_row = out_row + ROWS * GROUP
         first = gl.zeros([ROWS, CHUNK], gl.float32, SUMS)
         second = first
-        # Scales that no copy brings are loaded two slabs ahead.
+        # Scales that no copy brings are loaded two buffers ahead.
         scales = gl.where(number % MATRICES == 0, w_scale, other_w_scale) + (row // 128).to(gl.int64) * slabs
-        scale, next_scale = _scale(scales, 0), _scale(scales, gl.minimum(1, slabs - 1))
+        subs = sub_scale
         if FP4:
             subs = gl.where(number % MATRICES == 0, sub_scale, other_sub_scale)
             subs = subs + ((row + sub_row).to(gl.int64) * slabs * 4)[:, None] + sub[None, :]
-            this_sub, next_sub = gl.load(subs), gl.load(subs + gl.minimum(1, slabs - 1) * 4)
-        for slab in range(slabs):
-            after = gl.minimum(slab + 2, slabs - 1)
-            later_scale = _scale(scales, after)
-            if FP4:
-                later_sub = gl.load(subs + after * 4)
+        these, those = _scales(scales, subs, 0, slabs, DEPTH), _scales(scales, subs, DEPTH, slabs, DEPTH)
+        for slab in range(0, slabs, DEPTH):
+            later = _scales(scales, subs, slab + 2 * DEPTH, slabs, DEPTH)
             stage = count % STAGES
             mbarrier.wait(full.index(stage), (count // STAGES) & 1)
-            if FP4:
-                a = _codes(w_tiles.index(stage).slice(ROWS * GROUP, ROWS), this_sub, scale, OPERAND)
-            else:
-                a = w_tiles.index(stage).slice(ROWS * GROUP, ROWS)
-            first = _add(first, a, x_tiles.index(stage), scale_tiles.index(stage), scale, 0, CHUNK)
-            if TOKENS > CHUNK:
-                second = _add(second, a, x_tiles.index(stage), scale_tiles.index(stage), scale, CHUNK, CHUNK)
+            products = ()
+            for place in gl.static_range(DEPTH):
+                buffer = stage * DEPTH + place
+                a = w_tiles.index(buffer).slice(ROWS * GROUP, ROWS)
+                if FP4:
+                    a = _codes(a, these[1][place], these[0][place], OPERAND)
+                products = products + (_product(a, x_tiles.index(buffer), 0, CHUNK, SUMS),)
+            first = _add(first, products, scale_tiles, stage * DEPTH, these[0], 0, CHUNK)
+            if TOKENS > CHUNK:  # and then DEPTH is 1
+                products = (_product(a, x_tiles.index(stage), CHUNK, CHUNK, SUMS),)
+                second = _add(second, products, scale_tiles, stage, these[0], CHUNK, CHUNK)
             # A barrier does not wait for loads on their way, and the copy engine could be faster than they are.
             fence_async_shared()
             barrier()
             mbarrier.arrive(empty.index(stage), count=1)
             count += 1
-            scale, next_scale = next_scale, later_scale
-            if FP4:
-                this_sub, next_sub = next_sub, later_sub
+            these, those = those, later
 
         o = out_row + gl.arange(0, ROWS, gl.SliceLayout(1, OUT))
         t = token + gl.arange(0, CHUNK, gl.SliceLayout(0, OUT))
@@ -242,15 +247,33 @@ def _multiply(
 
 
 @gluon.jit
-def _add(sums, a, x_tile, scale_tile, w_scale, START: gl.constexpr, CHUNK: gl.constexpr):
-    """Tokens START .. START + CHUNK - 1: sums + (a x^T) scales."""
-    SUMS: gl.constexpr = sums.type.layout
+def _scales(scales, subs, slab, slabs, DEPTH: gl.constexpr):
+    """Scales, and of FP4 sub-scales, of DEPTH slabs of a weight, or of its last."""
+    block, sub = (), ()
+    for place in gl.static_range(DEPTH):
+        at = gl.minimum(slab + place, slabs - 1)
+        block = block + (_scale(scales, at),)
+        if subs is not None:
+            sub = sub + (gl.load(subs + at * 4),)
+    return block, sub
+
+
+@gluon.jit
+def _product(a, x_tile, START: gl.constexpr, CHUNK: gl.constexpr, SUMS: gl.constexpr):
+    """Begin a x^T of tokens START .. START + CHUNK - 1."""
     b = x_tile.slice(START, CHUNK).permute([1, 0])
     zeros = gl.zeros([ROWS, CHUNK], gl.float32, SUMS)
-    product = warpgroup_mma(a, b, zeros, use_acc=False, max_num_imprecise_acc=SLAB, is_async=True)
-    product = warpgroup_mma_wait(0, [product])
-    scale = scale_tile.slice(START, CHUNK).load(gl.SliceLayout(0, SUMS)) * w_scale
-    return sums + product * scale[None, :]
+    return warpgroup_mma(a, b, zeros, use_acc=False, max_num_imprecise_acc=SLAB, is_async=True)
+
+
+@gluon.jit
+def _add(sums, products, scale_tiles, buffer, w_scale, START: gl.constexpr, CHUNK: gl.constexpr):
+    """sums + product x scales of each buffer, one after the other."""
+    for place in gl.static_range(len(products)):
+        product = warpgroup_mma_wait(len(products) - 1 - place, [products[place]])
+        scale = scale_tiles.index(buffer + place).slice(START, CHUNK).load(gl.SliceLayout(0, sums.type.layout))
+        sums = sums + product * (scale * w_scale[place])[None, :]
+    return sums
 
 
 @gluon.jit
@@ -264,25 +287,30 @@ def _store(y, sums, o, t, begin, end, O, OUT: gl.constexpr):  # noqa: E741
 def quantized_linear_fwd_hopper_kernel(
     weight, other_weight, x, x_scale, y, other_y, w_scale, other_w_scale, sub_scale, other_sub_scale,
     tiles, max_tiles, T, stride, O, N,  # noqa: E741
-    TOKENS: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, MATRICES: gl.constexpr,
+    TOKENS: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr, MATRICES: gl.constexpr,
+    EARLY: gl.constexpr,
 ):  # fmt: skip
     """y [T, O] = x W^T for one or two MATRICES of the same shape; the second is given as `other`, or the first again.
 
     weight, x, x_scale: descriptors of the codes of the weight [E O, N] or their pairs [E O, N / 2], of the activations
     [T, N] and of their scales, one row of `stride` for each slab. w_scale: of the blocks, float32 or E8M0. sub_scale:
     E8M0 bytes [E O, N / 32] of an FP4 weight, or None. tiles: the list of a grouped product (`round_kernel.py`), or
-    None; at most, or exactly, `max_tiles` of TOKENS tokens. GROUPS: warp groups of 64 rows.
+    None; at most, or exactly, `max_tiles` of TOKENS tokens. GROUPS: warp groups of 64 rows. DEPTH: slabs of a buffer.
     """
+    if EARLY:
+        gdc_launch_dependents()
     HEIGHT: gl.constexpr = ROWS * GROUPS
-    w_tiles = gl.allocate_shared_memory(weight.dtype, [STAGES, HEIGHT, weight.block_shape[1]], weight.layout)
-    x_tiles = gl.allocate_shared_memory(x.dtype, [STAGES, TOKENS, SLAB], x.layout)
-    scale_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, x_scale.block_shape[0]], SCALES)
+    w_tiles = gl.allocate_shared_memory(weight.dtype, [STAGES * DEPTH, HEIGHT, weight.block_shape[1]], weight.layout)
+    x_tiles = gl.allocate_shared_memory(x.dtype, [STAGES * DEPTH, TOKENS, SLAB], x.layout)
+    scale_tiles = gl.allocate_shared_memory(gl.float32, [STAGES * DEPTH, x_scale.block_shape[0]], SCALES)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=GROUPS)
     fence_async_shared()
+    if EARLY:
+        gdc_wait()
     barrier()
     # Tuples with constants in them keep these only where they are written.
     if GROUPS == 2:
@@ -291,16 +319,16 @@ def quantized_linear_fwd_hopper_kernel(
                 (_multiply, (
                     y, other_y, w_scale, other_w_scale, sub_scale, other_sub_scale,
                     w_tiles, x_tiles, scale_tiles, full, empty, tiles, max_tiles, T, O, N,
-                    0, TOKENS, HEIGHT, STAGES, MATRICES,
+                    0, TOKENS, HEIGHT, STAGES, DEPTH, MATRICES,
                 )),
                 (_multiply, (
                     y, other_y, w_scale, other_w_scale, sub_scale, other_sub_scale,
                     w_tiles, x_tiles, scale_tiles, full, empty, tiles, max_tiles, T, O, N,
-                    1, TOKENS, HEIGHT, STAGES, MATRICES,
+                    1, TOKENS, HEIGHT, STAGES, DEPTH, MATRICES,
                 )),
                 (_copy, (
                     weight, other_weight, x, x_scale, w_tiles, x_tiles, scale_tiles, full, empty,
-                    tiles, max_tiles, T, stride, O, N, TOKENS, HEIGHT, STAGES, MATRICES,
+                    tiles, max_tiles, T, stride, O, N, TOKENS, HEIGHT, STAGES, DEPTH, MATRICES,
                 )),
             ],
             [4, 1],
@@ -312,11 +340,11 @@ def quantized_linear_fwd_hopper_kernel(
                 (_multiply, (
                     y, other_y, w_scale, other_w_scale, sub_scale, other_sub_scale,
                     w_tiles, x_tiles, scale_tiles, full, empty, tiles, max_tiles, T, O, N,
-                    0, TOKENS, HEIGHT, STAGES, MATRICES,
+                    0, TOKENS, HEIGHT, STAGES, DEPTH, MATRICES,
                 )),
                 (_copy, (
                     weight, other_weight, x, x_scale, w_tiles, x_tiles, scale_tiles, full, empty,
-                    tiles, max_tiles, T, stride, O, N, TOKENS, HEIGHT, STAGES, MATRICES,
+                    tiles, max_tiles, T, stride, O, N, TOKENS, HEIGHT, STAGES, DEPTH, MATRICES,
                 )),
             ],
             [1],
@@ -326,6 +354,7 @@ def quantized_linear_fwd_hopper_kernel(
 
 MOST_STAGES = 8
 FEW_TOKENS = 32  # of a tile: the weight's bytes are all that counts
+FEW_TOKENS_DEPTH = 2  # with which the registers of four programs suffice
 SHARED_BYTES = 220 * 1024  # of a processor, for buffers
 REGISTERS = {1: None, 2: 128, 4: 64}  # of a thread, by the programs side by side on a processor
 
@@ -369,12 +398,13 @@ def _launch(rounded: Activations, weights: Sequence[Weight], results_TO: Sequenc
     programs = 1 if groups == 2 else 4 if tokens <= FEW_TOKENS and number > 2 * processors else 2
     columns = SLAB.value // 2 if fp4 else SLAB.value  # bytes of a slab of the weight
     stage_bytes = height * columns + tokens * SLAB.value + 4 * max(tokens, 32)
-    stages = min(MOST_STAGES, SHARED_BYTES // programs // stage_bytes)
+    depth = FEW_TOKENS_DEPTH if tokens <= FEW_TOKENS and width % (FEW_TOKENS_DEPTH * SLAB.value) == 0 else 1
+    stages = min(MOST_STAGES, SHARED_BYTES // programs // stage_bytes) // depth
     codes = [weight.codes.flatten(0, -2) for weight in weights]
     if not fp4:
         codes = [one.view(torch.float8_e4m3fn) for one in codes]
     layout = PAIRS.value if fp4 else CODES.value
-    first, second = weights[0], weights[-1]
+    first, second, early = weights[0], weights[-1], starts_early(results_TO[0].device)
     quantized_linear_fwd_hopper_kernel[(min(number, programs * processors),)](
         TensorDescriptor.from_tensor(codes[0], [height, columns], layout),
         TensorDescriptor.from_tensor(codes[-1], [height, columns], layout),
@@ -382,8 +412,8 @@ def _launch(rounded: Activations, weights: Sequence[Weight], results_TO: Sequenc
         # The copy engine writes to multiples of 128 bytes.
         TensorDescriptor.from_tensor(rounded.scale.flatten(), [max(tokens, 32)], SCALES.value),
         results_TO[0], results_TO[-1], first.block_scale, second.block_scale, first.sub_scale, second.sub_scale,
-        rounded.tiles, tiles, num_rows, rounded.scale.shape[1], rows, width, tokens, groups, stages, matrices,
-        num_warps=4, maxnreg=REGISTERS[programs],
+        rounded.tiles, tiles, num_rows, rounded.scale.shape[1], rows, width, tokens, groups, stages, depth, matrices,
+        early, launch_pdl=early, num_warps=4, maxnreg=REGISTERS[programs],
     )  # fmt: skip
 
 

@@ -22,7 +22,8 @@ from leadline.ops.dispatch import is_batch_invariant
 from leadline.ops.opaque import opaque
 from leadline.ops.quantized_linear import few_kernel
 from leadline.ops.quantized_linear.few_kernel import scale_value
-from leadline.ops.quantized_linear.round_kernel import Activations, Weight, round_activations
+from leadline.ops.quantized_linear.round_kernel import Activations, Operands, Weight, round_activations
+from leadline.ops.quantized_linear.rows import Dispatched, Rows
 from leadline.ops.quantized_linear.weight import QuantizedWeight
 
 ROWS_OF_A_TILE = 64  # of the weight
@@ -91,49 +92,63 @@ def _on_hopper(x: Tensor) -> bool:
 
 
 def _results(
-    x_TN: Tensor, codes: list[Tensor], block_scales: list[Tensor], sub_scales: list[Tensor], counts_E: Tensor | None
-) -> list[Tensor]:
-    return [x_TN.new_empty(len(x_TN), one.shape[-2]) for one in codes]
+    x: Tensor, up: Tensor | None, weight: Tensor | None, place: Tensor | None, limit: float, choices: int,
+    codes: list[Tensor], block_scales: list[Tensor], sub_scales: list[Tensor], counts_E: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    num_rows = Operands(x, up, weight, place, limit, choices).num_rows
+    return [x.new_empty(num_rows, one.shape[-2]) for one in codes]
 
 
 @opaque(_results)
 def launch(
-    x_TN: Tensor, codes: list[Tensor], block_scales: list[Tensor], sub_scales: list[Tensor], counts_E: Tensor | None
-) -> list[Tensor]:
-    """x W^T for each weight; x and the parts of `Weight` are contiguous, sub_scales are none for FP8."""
-    results = _results(x_TN, codes, block_scales, sub_scales, counts_E)
-    if len(x_TN) == 0:
+    x: Tensor, up: Tensor | None, weight: Tensor | None, place: Tensor | None, limit: float, choices: int,
+    codes: list[Tensor], block_scales: list[Tensor], sub_scales: list[Tensor], counts_E: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    """Rows times W^T for each weight. The first six are those of `Operands`; the parts of `Weight` are contiguous,
+    sub_scales are none for FP8."""
+    results = _results(x, up, weight, place, limit, choices, codes, block_scales, sub_scales, counts_E)
+    rows = Operands(x, up, weight, place, limit, choices)
+    if rows.num_rows == 0:
         return results
     weights = list(map(Weight, codes, block_scales, sub_scales or [None] * len(codes)))
-    if not is_batch_invariant() and all(few_kernel.takes(x_TN, weight, counts_E) for weight in weights):
-        for weight, y_TO in zip(weights, results, strict=True):
-            few_kernel.multiply(x_TN, weight, y_TO)
+    if not is_batch_invariant() and all(few_kernel.takes(rows, weight, counts_E) for weight in weights):
+        few_kernel.multiply(rows, weights, results)
         return results
     experts = 0 if counts_E is None else len(counts_E)
-    if _on_hopper(x_TN):
+    if _on_hopper(x):
         from leadline.ops.quantized_linear import hopper
 
-        if all(hopper.takes(y_TO.shape[1], x_TN.shape[1]) for y_TO in results):
-            tokens = hopper.tokens_of_a_tile(len(x_TN), experts)
-            rounded = round_activations(x_TN, counts_E, tokens, permuted=bool(sub_scales))
+        if all(hopper.takes(y_TO.shape[1], x.shape[1]) for y_TO in results):
+            tokens = hopper.tokens_of_a_tile(rows.num_rows, experts)
+            rounded = round_activations(rows, counts_E, tokens, permuted=bool(sub_scales))
             hopper.multiply(rounded, weights, results)
             return results
-    tokens = min(max(triton.next_power_of_2(len(x_TN) // max(experts, 1)), 16), 64)
+    tokens = min(max(triton.next_power_of_2(rows.num_rows // max(experts, 1)), 16), 64)
     if is_batch_invariant():
         tokens = 16  # with more of them the matrix units may be others, which add up differently
-    rounded = round_activations(x_TN, counts_E, tokens, permuted=False)
+    rounded = round_activations(rows, counts_E, tokens, permuted=False)
     for weight, y_TO in zip(weights, results, strict=True):
         _multiply(rounded, weight, y_TO)
     return results
 
 
-def products(x_TN: Tensor, weights: Sequence[QuantizedWeight], counts_E: Tensor | None) -> tuple[Tensor, ...]:
+def products(rows: Rows, weights: Sequence[QuantizedWeight], counts_E: Tensor | None) -> tuple[Tensor, ...]:
     """The contract of `reference.products`."""
     codes = [_bytes(weight.codes) for weight in weights]
     block_scales = [_bytes(weight.scale if weight.block_scale is None else weight.block_scale) for weight in weights]
     sub_scales = [_exponents(weight.scale) for weight in weights if weight.block_scale is not None]
     counts_E = None if counts_E is None else counts_E.contiguous()
-    return tuple(launch(x_TN.contiguous(), codes, block_scales, sub_scales, counts_E))
+    return tuple(launch(*_operands(rows), codes, block_scales, sub_scales, counts_E))
+
+
+def _operands(rows: Rows) -> Operands:
+    if isinstance(rows, Tensor):
+        return Operands(rows.contiguous())
+    if isinstance(rows, Dispatched):
+        pair_X, row_TA, _ = rows.order
+        return Operands(rows.x_TN.contiguous(), place=pair_X.contiguous(), choices=row_TA.shape[1])
+    scale, place_X = (None if x is None else x.contiguous() for x in (rows.scale, rows.place_X))
+    return Operands(rows.gate.contiguous(), rows.up.contiguous(), scale, place_X, rows.limit)
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from leadline.ops.early_start import let_next_start, starts_early, wait_for_earlier
 from leadline.ops.opaque import opaque
 
 VALUES_PER_TILE = 4096
@@ -70,13 +71,17 @@ def rms_norm_fwd_kernel(
     D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    let_next_start(EARLY)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.arange(0, BLOCK_D)
+    weight = load_weight(weight_ptr, columns, D)
+    wait_for_earlier(EARLY)
     offsets = rows[:, None] * D + columns[None, :]
     inside = (rows < num_rows)[:, None] & (columns < D)[None, :]
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    y = norm_rows(x, load_weight(weight_ptr, columns, D), eps, D, x_ptr.dtype.element_ty)
+    y = norm_rows(x, weight, eps, D, x_ptr.dtype.element_ty)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -127,8 +132,10 @@ def forward(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     y, width = torch.empty_like(x), x.shape[-1]
     block_rows, block_columns, warps = tile(width)
     num_rows = x.numel() // width
-    grid = (triton.cdiv(num_rows, block_rows),)
-    rms_norm_fwd_kernel[grid](x, weight, y, num_rows, eps, width, block_rows, block_columns, num_warps=warps)
+    early = starts_early(x.device)
+    rms_norm_fwd_kernel[(triton.cdiv(num_rows, block_rows),)](
+        x, weight, y, num_rows, eps, width, block_rows, block_columns, early, launch_pdl=early, num_warps=warps
+    )
     return y
 
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leadline.ops.early_start import begin, starts_early
 from leadline.ops.opaque import opaque
 
 VALUES_PER_TILE = 4096
@@ -44,7 +45,9 @@ def rope_fwd_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_PASS: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = (rows < num_rows)[:, None]
 
@@ -85,7 +88,7 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, inverse: bool) -> No
     width, pairs = x.shape[-1], cos.shape[-1]
     heads = x.shape[1] if x.ndim == 3 else 1
     num_rows = x.shape[0] * heads
-    in_place = y is x
+    in_place, early = y is x, starts_early(x.device)
     block_rows = max(1, VALUES_PER_TILE // triton.next_power_of_2(2 * pairs if in_place else width))
     rope_fwd_kernel[(triton.cdiv(num_rows, block_rows),)](
         x,
@@ -101,6 +104,8 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, inverse: bool) -> No
         block_rows,
         triton.next_power_of_2(max(1, width - 2 * pairs)),
         triton.next_power_of_2(pairs),
+        early,
+        launch_pdl=early,
         num_warps=4,
     )
 

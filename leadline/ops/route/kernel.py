@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from leadline.ops.early_start import begin, starts_early
+from leadline.ops.early_start import let_next_start, starts_early, wait_for_earlier
 from leadline.ops.opaque import opaque
 from leadline.ops.route.reference import SOFTPLUS_FLOOR, SUM_FLOOR
 
@@ -85,9 +85,12 @@ def route_fwd_kernel(
 ):  # fmt: skip
     """BLOCK_T tokens. given: the experts of the tokens, None when they are picked with the help of the bias. pair, row,
     counts: the order, None when this is not the only program."""
-    begin(EARLY)
+    let_next_start(EARLY)
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tl.arange(0, BLOCK_E)
+    if given_ptr is None:
+        bias = tl.load(bias_ptr + columns, mask=columns < E, other=0.0)[None, :]
+    wait_for_earlier(EARLY)
     a = tl.arange(0, BLOCK_A)
     here = tokens < T
     inside = here[:, None] & (columns < E)[None, :]
@@ -96,7 +99,6 @@ def route_fwd_kernel(
     scores = tl.sqrt_rn(tl.where(softplus < SOFTPLUS_FLOOR, SOFTPLUS_FLOOR, softplus))
     tl.store(scores_ptr + at, scores, mask=inside)
     if given_ptr is None:
-        bias = tl.load(bias_ptr + columns, mask=columns < E, other=0.0)[None, :]
         ranks = tl.where(inside, _ranks(scores + bias, columns[None, :], E), LOWEST)
 
     picks = tl.zeros((BLOCK_T, BLOCK_A), tl.int32)

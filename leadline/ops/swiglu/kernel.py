@@ -35,6 +35,13 @@ def _clamped(gate, up, limit):
 
 
 @triton.jit
+def swiglu_values(gate, up, limit):
+    """`swiglu` of FP32 values without a scale."""
+    gate, up = _clamped(gate, up, limit)
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
 def _places(place_ptr, rows, num_rows):
     """Where the scales of rows are."""
     if place_ptr is None:
@@ -64,8 +71,7 @@ def swiglu_fwd_kernel(
     inside = (rows < num_rows)[:, None] & (columns < F)[None, :]
     gate = tl.load(gate_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    gate, up = _clamped(gate, up, limit)
-    hidden = gate * tl.sigmoid(gate) * up
+    hidden = swiglu_values(gate, up, limit)
     if scale_ptr is not None:
         places = _places(place_ptr, rows, num_rows)
         hidden *= tl.load(scale_ptr + places, mask=rows < num_rows, other=0.0)[:, None]

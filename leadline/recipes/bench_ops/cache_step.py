@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from leadline.ops.cache_step import Finish, NewTokens, Tails, store_entries, store_keys
+from leadline.ops.exact_linear import exact_linears
 from leadline.ops.rope import rotations
-from leadline.ops.twin_product import twin_product
 from leadline.recipes.bench_ops.case import BF16, FP32, Case, Cost, D, Inputs, K, R, random
 
 COUNTS = (1, 64)
@@ -75,8 +75,11 @@ def _products(count: int, columns: int) -> Case:
     def inputs(tokens: int, device: torch.device) -> Inputs:
         return [random(rows, D, device=device) for rows in (tokens, columns, columns)]
 
+    def run(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
+        return exact_linears(x.detach(), (first.detach(), second.detach()))
+
     return Case(
-        "twin_product", f"{count} x {D} x 2 x {columns:,}", inputs, twin_product,
+        "exact_linear", f"{count} x {D} x 2 x {columns:,}", inputs, run,
         Cost(4 * count * D * columns, 2 * columns * D * BF16 + 2 * count * columns * FP32), None,
         tokens=count, gate_tokens=(1, 17, 64), captured=12,
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Two products of few rows in Triton.
+"""Two products of the same 5 to 64 rows in one launch, in Triton: the values and scores of a compressor's step.
 
-With a handful of rows a product is as fast as its weight can be read: 16 MiB for the two of a CSA layer's entries, 5 us
+With so few rows a product is as fast as its weight can be read: 16 MiB for the two of a CSA layer's entries, 5 us
 on an H100. A program has 16 rows of one of the two weights and all of x, so that even narrow weights give every
 multiprocessor some; 128 KiB each, of which several blocks are on their way at any time. A library would split the sum
 over programs and add the parts up with a second kernel, for each of the two.
@@ -10,6 +10,8 @@ each warp, which are added up in order at the end.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -21,10 +23,11 @@ from leadline.ops.opaque import opaque
 
 COLUMNS = 16
 PARTS = 4
+MOST_ROWS = 64
 
 
 @triton.jit(do_not_specialize=["T"])
-def twin_product_fwd_kernel(
+def exact_linear_pair_fwd_kernel(
     x_TN, first_ON, second_ON, first_TO, second_TO, T, O,  # noqa: E741
     N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
@@ -50,24 +53,30 @@ def twin_product_fwd_kernel(
     tl.store(place, tl.sum(sums, 0), mask=(row < T)[None, :])
 
 
-def _both(x_TN: Tensor, first_ON: Tensor, second_ON: Tensor) -> tuple[Tensor, Tensor]:
-    first_TO = x_TN.new_empty((len(x_TN), len(first_ON)), dtype=torch.float32)
-    return first_TO, torch.empty_like(first_TO)
+def takes(x_TN: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether one launch is better than two: few bfloat16 rows on a GPU, and two weights of one shape."""
+    if len(weights) != 2 or len({weight.shape for weight in weights}) > 1 or len(weights[0]) % COLUMNS:
+        return False
+    narrow = all(tensor.dtype == torch.bfloat16 for tensor in (x_TN, *weights))
+    return x_TN.is_cuda and narrow and len(x_TN) <= MOST_ROWS
 
 
-@opaque(_both)
-def twin_product_kernel(x_TN: Tensor, first_ON: Tensor, second_ON: Tensor) -> tuple[Tensor, Tensor]:
-    """The operation for up to 64 rows of 16 or 32 bits."""
-    first_TO, second_TO = _both(x_TN, first_ON, second_ON)
-    (tokens, columns), early = first_TO.shape, starts_early(x_TN.device)
-    rows = max(16, triton.next_power_of_2(tokens))
+def _results(x_TN: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    return [x_TN.new_empty((len(x_TN), len(weight)), dtype=torch.float32) for weight in weights]
+
+
+@opaque(_results)
+def pair_of_products(x_TN: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    """x W^T for two weights and up to 64 rows of 16 or 32 bits, FP32 [T, O]; contiguous inputs."""
+    results, (tokens, width), columns = _results(x_TN, weights), x_TN.shape, len(weights[0])
+    rows, early = max(16, triton.next_power_of_2(tokens)), starts_early(x_TN.device)
     block, stages = _buffers(rows, x_TN.element_size(), x_TN.device)
-    twin_product_fwd_kernel[(2 * columns // COLUMNS,)](
-        x_TN.contiguous(), first_ON.contiguous(), second_ON.contiguous(), first_TO, second_TO, tokens, columns,
-        N=x_TN.shape[1], ROWS=rows, COLUMNS=COLUMNS, PARTS=PARTS, BLOCK=block,
+    exact_linear_pair_fwd_kernel[(2 * columns // COLUMNS,)](
+        x_TN, *weights, *results, tokens, columns,
+        N=width, ROWS=rows, COLUMNS=COLUMNS, PARTS=PARTS, BLOCK=block,
         EARLY=early, launch_pdl=early, num_warps=PARTS, num_stages=stages,
     )  # fmt: skip
-    return first_TO, second_TO
+    return results
 
 
 def _buffers(rows: int, value_bytes: int, device: torch.device) -> tuple[int, int]:
