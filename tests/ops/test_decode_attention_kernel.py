@@ -14,6 +14,7 @@ from torch import Tensor
 from leadline.formats.cache_entry import pack_keys
 from leadline.ops.decode_attention import decode_attention
 from leadline.ops.dispatch import implementation
+from leadline.ops.rope import frequencies, rotations, unrotate_
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy warns where a GPU writes an infinity
@@ -105,6 +106,27 @@ def test_interpreted(name: str, packed: bool) -> None:
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "floats"])
 def test_alone_or_not(packed: bool) -> None:
     check_alone(operands((3, 4, 16, 8, 20, 100), packed, torch.float32))
+
+
+def check_turned_back(arguments: list[Any], tolerance: float) -> None:
+    """The rotation in the kernel is that of `unrotate_`, of an output that was rounded."""
+    queries, rotary = len(arguments[0]), 64 if arguments[0].shape[2] > 64 else 8
+    rotation = rotations(
+        torch.arange(queries, device=arguments[0].device) + 7, frequencies(rotary, 1e4).to(arguments[0].device)
+    )
+    o, lse = kernel(arguments)
+    with implementation("reference"):
+        wanted = unrotate_(o.clone(), *rotation)
+    found = kernel([*arguments, rotation])
+    assert torch.equal(found[0][..., :-rotary], o[..., :-rotary])
+    assert torch.allclose(found[0], wanted, rtol=tolerance, atol=tolerance)
+    assert torch.equal(found[1], lse)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", ["several splits", "widths beside a block", "wide"])
+def test_turned_back(name: str) -> None:
+    check_turned_back(operands(SHAPES[name], True, torch.float32), 1e-6)
 
 
 @pytest.mark.interpret
@@ -207,6 +229,12 @@ def test_hopper_interpreted(shape: tuple[int, int, int, int, int, int | None], p
 @pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
 def test_compiled(shape: tuple[int, int, int, int, int, int | None], packed: bool) -> None:
     check(operands(shape, packed, torch.bfloat16, "cuda"), 3e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 64, 512, 64, 128, 512), (40, 20, 256, 64, 70, None)], ids=str)
+def test_compiled_turned_back(shape: tuple[int, int, int, int, int, int | None]) -> None:
+    check_turned_back(operands(shape, True, torch.bfloat16, "cuda"), 8e-3)
 
 
 @pytest.mark.gpu

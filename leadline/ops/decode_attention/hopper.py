@@ -84,10 +84,7 @@ def _decoded(words, scales, c: gl.constexpr):
 def _columns(chunks, scales, b: gl.constexpr, K: gl.constexpr):
     """Columns 128 b to 128 b + 127 of packed rows in bfloat16 [rows, 128]: two chunks side by side."""
     left = _decoded(chunks[2 * b], scales, 2 * b)
-    if b < K // 128 - 1:
-        right = _decoded(chunks[2 * b + 1], scales, 2 * b + 1)
-    else:
-        right = _halves(chunks[2 * b + 1])
+    right = _decoded(chunks[2 * b + 1], scales, 2 * b + 1) if b < K // 128 - 1 else _halves(chunks[2 * b + 1])
     return gl.join(left, right).permute([0, 2, 1]).reshape([left.shape[0], 128])
 
 

@@ -35,6 +35,7 @@ from torch import Tensor
 from leadline.ops.cache_rows.kernel import chunk_of, load_rows, multiprocessors, rotary_view
 from leadline.ops.early_start import begin, starts_early
 from leadline.ops.opaque import opaque
+from leadline.ops.rope.kernel import turn_pairs
 
 LOG2_E = math.log2(math.e)
 MOST_SPLITS = 33
@@ -136,10 +137,11 @@ def decode_attention_fwd_kernel(
 
 @triton.jit
 def decode_attention_combine_kernel(
-    sums_TSHK, most_TSH, total_TSH, sink_H, o_THK, lse_TH, S, H,
-    K: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
+    sums_TSHK, most_TSH, total_TSH, sink_H, cos, sin, o_THK, lse_TH, S, H,
+    K: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """o of some columns of one head of one query, and its lse. S splits; one without a key has the total 0, no sums."""
+    """o of some columns of one head of one query, and its lse. S splits; one without a key has the total 0, no sums.
+    R: the last columns, which are turned back by the angles of cos and sin [T, R / 2]; 0 if none are."""
     begin(EARLY)
     t, h = tl.program_id(2).to(tl.int64), tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -151,6 +153,11 @@ def decode_attention_combine_kernel(
     mask = (s < S)[:, None] & (column < K)[None, :]
     sums_SK = tl.load(sums_TSHK + (at_S * K)[:, None] + column[None, :], mask=mask, other=0.0)
     sums_SK = tl.where((total_S != 0)[:, None], sums_SK, 0.0)
+    if R > 0:
+        pair = (tl.program_id(0) * COLUMNS - (K - R)) // 2 + tl.arange(0, COLUMNS // 2)
+        turned = (pair >= 0) & (pair < R // 2)
+        cosines = tl.load(cos + t * (R // 2) + pair, mask=turned, other=1.0)
+        sines = tl.load(sin + t * (R // 2) + pair, mask=turned, other=0.0)
 
     sink = tl.load(sink_H + h)
     most = tl.max(most_S)
@@ -161,8 +168,11 @@ def decode_attention_combine_kernel(
     # A sink far above all scores makes the denominator infinite: the output is rightly 0, but its log must not be
     # taken from there.
     factor = tl.where(total != 0, 1.0 / (total + tl.exp2(sink * 1.4426950408889634 - base)), 0.0)
-    o = tl.sum(sums_SK * weight_S[:, None], 0) * factor
-    tl.store(o_THK + (t * H + h) * K + column, o.to(o_THK.dtype.element_ty), mask=column < K)
+    o = (tl.sum(sums_SK * weight_S[:, None], 0) * factor).to(o_THK.dtype.element_ty)
+    if R > 0:
+        o = turn_pairs(o.to(tl.float32)[None, :], cosines[None, :], -sines[None, :])
+        o = tl.reshape(o, (COLUMNS,)).to(o_THK.dtype.element_ty)
+    tl.store(o_THK + (t * H + h) * K + column, o, mask=column < K)
     log = (base + tl.log2(total)) * 0.6931471805599453
     top = tl.maximum(log, sink)
     tl.store(lse_TH + t * H + h, tl.where(total != 0, top + tl.log(tl.exp(log - top) + tl.exp(sink - top)), sink))
@@ -223,6 +233,8 @@ def _shapes_only(
     entry_scales: Tensor | None,
     entry_rows_TM: Tensor | None,
     sink_H: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return q_THK.new_empty(q_THK.shape), q_THK.new_empty(q_THK.shape[:2], dtype=torch.float32)
 
@@ -237,6 +249,8 @@ def decode_attention_kernel(
     entry_scales: Tensor | None,
     entry_rows_TM: Tensor | None,
     sink_H: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The operation for q of 16 or 32 bits; sources as `cache_rows.operands` gives them."""
     q_THK, window_rows_TW = q_THK.contiguous(), window_rows_TW.contiguous()
@@ -274,10 +288,12 @@ def decode_attention_kernel(
             num_warps=8 if width > 256 else 4, num_stages=1,
         )  # fmt: skip
     o_THK, lse_TH = torch.empty_like(q_THK), most_TSH.new_empty((num_queries, num_heads))
+    if cos is not None and sin is not None:
+        cos, sin = cos.contiguous(), sin.contiguous()
     columns = min(COLUMNS_OF_SUM, triton.next_power_of_2(width))
     decode_attention_combine_kernel[(triton.cdiv(width, columns), num_heads, num_queries)](
-        sums_TSHK, most_TSH, total_TSH, sink_H.contiguous(), o_THK, lse_TH, split.splits, num_heads,
-        K=width, SPLITS=triton.next_power_of_2(split.splits), COLUMNS=columns,
+        sums_TSHK, most_TSH, total_TSH, sink_H.contiguous(), cos, sin, o_THK, lse_TH, split.splits, num_heads,
+        K=width, R=0 if cos is None else 2 * cos.shape[1], SPLITS=triton.next_power_of_2(split.splits), COLUMNS=columns,
         EARLY=early, launch_pdl=early, num_warps=4,
     )  # fmt: skip
     return o_THK, lse_TH

@@ -224,7 +224,7 @@ def decode_select_kernel(
     numbers_TRX, candidates_TRX, counts_TR, bound_T, pages_NP, sequence_T, visible_T, picked_TM, rows_TM, P, M,
     PICKS: tl.constexpr, REGION: tl.constexpr, REGIONS: tl.constexpr, SLOTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Picks of one query: of its candidates the M best. Usually the first block, SLOTS candidates of every region, holds
+    """Picks of one query: of its candidates the M best. Usually the first block, SLOTS candidates of every region, is
     all of them and stays in registers; when scores are crowded, the others are read again in each step."""
     begin(EARLY)
     t = tl.program_id(0).to(tl.int64)
