@@ -11,9 +11,12 @@ the value times 2^-120, and two exact products, with 2^120 and with the scale, m
 register are neighbours in shared memory, so columns stand there in the order 0, 2, 1, 3 of each four. The query is put
 into the same order, and the sums are written back in theirs.
 
-The bytes of the next tile are on their way while one is decoded and multiplied. The rules of
-`sparse_attention/hopper.py` hold here as well: phases of shared memory are divided by a wait, a barrier and a proxy
-fence, and no accumulator is touched while it is in flight, not even on another path.
+A program that has one tile is a chain, from lists to rows, products, weights, products and sums, so its links overlap:
+scores are summed up over the columns that are already decoded while the next are, and sums of some columns are written
+while those of others are made. With several tiles, the bytes of the next one are on their way while one is multiplied.
+
+The rules of `sparse_attention/hopper.py` hold here as well: phases of shared memory are divided by a wait, a barrier and
+a proxy fence, and no accumulator is touched while it is in flight, not even on another path.
 """
 
 from __future__ import annotations
