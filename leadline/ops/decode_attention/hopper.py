@@ -116,12 +116,12 @@ def _copy(target, vectors, rows, K: gl.constexpr, COPY: gl.constexpr):
 @gluon.jit
 def decode_attention_fwd_hopper_kernel(
     q_THK, window, window_scales, window_rows, entries, entry_scales, entry_rows,
-    sums_TSHK, most_TSH, total_TSH, H, W, M, scale,
-    K: gl.constexpr, R: gl.constexpr, TILE: gl.constexpr, TILES: gl.constexpr, HEADS: gl.constexpr,
+    sums_TSHK, most_TSH, total_TSH, H, W, M, tiles, scale,
+    K: gl.constexpr, R: gl.constexpr, TILE: gl.constexpr, SINGLE: gl.constexpr, HEADS: gl.constexpr,
     WARPS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    """One split of one query for a block of heads: TILES tiles of TILE rows. Packed rows come as int32, with one int64
-    of scales each; R is 0 for floats."""
+    """One split of one query for a block of heads: some tiles of TILE rows, SINGLE: one. Packed rows come as int32, with
+    one int64 of scales each; R is 0 for floats."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
@@ -143,7 +143,7 @@ def decode_attention_fwd_hopper_kernel(
     entry_rows += t * M
     at = (t * splits + split) * H + head
     h = gl.arange(0, HEADS, HEAD)
-    first = split * (TILES * TILE)
+    first = split * (1 if SINGLE else tiles) * TILE
     window_places = gl.cdiv(W, TILE) * TILE
 
     place = first + gl.arange(0, TILE, ROWS)
@@ -152,8 +152,11 @@ def decode_attention_fwd_hopper_kernel(
     if R:
         scales = gl.where(first < window_places, window_scales, entry_scales)
         chunks, codes = _load_packed(vectors, scales, rows, K, WORDS, ROTARY)
-    all_places = first + gl.arange(0, TILES * TILE, gl.BlockedLayout([1], [32], [WARPS], [0]))
-    if gl.max(_listed(window_rows, entry_rows, all_places, W, M, TILE), 0) < 0:
+    last = rows
+    if not SINGLE:
+        for tile in range(1, tiles):
+            last = gl.maximum(last, _listed(window_rows, entry_rows, place + tile * TILE, W, M, TILE))
+    if gl.max(last, 0) < 0:
         gl.store(most_TSH + at + h, gl.full([HEADS], float("-inf"), gl.float32, HEAD), mask=head + h < H)
         gl.store(total_TSH + at + h, gl.zeros([HEADS], gl.float32, HEAD), mask=head + h < H)
         return
@@ -167,14 +170,14 @@ def decode_attention_fwd_hopper_kernel(
     _store_query(q, q_THK + (t * H + head) * K, H - head, K, R, HEADS, WARPS)
     most = gl.full([HEADS], float("-inf"), gl.float32, HEAD)  # in units of log 2
     totals = gl.zeros([TILE, HEADS], gl.float32, SCORES)
-    for tile in range(TILES):
+    for tile in range(1 if SINGLE else tiles):
         if not R:
             for b in gl.static_range(BUFFERS):
                 _copy(keys[b], vectors + b * 128, rows, K, COPY)
                 async_copy.commit_group()
         key = first + tile * TILE + gl.arange(0, TILE, gl.SliceLayout(1, SCORES))
         seen = _listed(window_rows, entry_rows, key, W, M, TILE) >= 0
-        if TILES > 1:
+        if not SINGLE:
             next_place = first + (tile + 1) * TILE
             rows = _listed(window_rows, entry_rows, place + (tile + 1) * TILE, W, M, TILE)
             vectors = gl.where(next_place < window_places, window, entries)
@@ -187,7 +190,7 @@ def decode_attention_fwd_hopper_kernel(
             fence_async_shared()
             barrier()
             scores = warpgroup_mma(keys[b], q[b].permute([1, 0]), scores, use_acc=b > 0, is_async=True)
-        if TILES > 1 and R:
+        if not SINGLE and R:
             scales = gl.where(next_place < window_places, window_scales, entry_scales)
             chunks, codes = _load_packed(vectors, scales, rows, K, WORDS, ROTARY)
         scores = gl.where(seen[:, None], warpgroup_mma_wait(0, [scores]) * scale, float("-inf"))
@@ -201,7 +204,7 @@ def decode_attention_fwd_hopper_kernel(
         shrink = gl.exp2(most - base)
         most = new
         totals = totals * shrink[None, :] + probabilities
-        if TILES > 1:
+        if not SINGLE:
             factor = gl.convert_layout(shrink, gl.SliceLayout(0, SUM))
             scaled = ()
             for b in gl.static_range(BUFFERS):
@@ -211,8 +214,8 @@ def decode_attention_fwd_hopper_kernel(
         barrier()
         flying = ()
         for b in gl.static_range(BUFFERS):
-            flying += (warpgroup_mma(keys[b].permute([1, 0]), weights, sums[b], use_acc=TILES > 1, is_async=True),)
-        if TILES > 1:
+            flying += (warpgroup_mma(keys[b].permute([1, 0]), weights, sums[b], use_acc=not SINGLE, is_async=True),)
+        if not SINGLE:
             landed = warpgroup_mma_wait(0, flying)
             sums = landed if BUFFERS > 1 else (landed,)
             barrier()
@@ -224,7 +227,7 @@ def decode_attention_fwd_hopper_kernel(
     h = gl.arange(0, HEADS, gl.SliceLayout(0, SUM))
     for b in gl.static_range(BUFFERS):
         # What has landed is stored while the rest is still in flight.
-        landed = warpgroup_mma_wait(BUFFERS - 1 - b, [sums[b]]) if TILES == 1 else sums[b]
+        landed = warpgroup_mma_wait(BUFFERS - 1 - b, [sums[b]]) if SINGLE else sums[b]
         column = b * 128 + gl.arange(0, 128, gl.SliceLayout(1, SUM))
         if R:
             in_order = (column & -4) | ((column & 1) << 1) | ((column >> 1) & 1)

@@ -78,11 +78,11 @@ def _weighted_sums(sums, shrink_H, weights, keys):
 @triton.jit
 def decode_attention_fwd_kernel(
     q_THK, window, window_rotary, window_scales, window_rows, entries, entry_rotary, entry_scales, entry_rows,
-    sums_TSHK, most_TSH, total_TSH, H, W, M, scale,
-    K: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
+    sums_TSHK, most_TSH, total_TSH, H, W, M, tiles, scale,
+    K: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One split of one query for a block of heads. scale: K^-0.5 log2 e. TILES: tiles of COLUMNS rows in a split."""
+    """One split of one query for a block of heads. scale: K^-0.5 log2 e. tiles: of COLUMNS rows in a split."""
     begin(EARLY)
     split, splits = tl.program_id(0), tl.num_programs(0)
     t = tl.program_id(2).to(tl.int64)
@@ -104,7 +104,7 @@ def decode_attention_fwd_kernel(
         sums += (tl.zeros((HEADS, CHUNK), tl.float32),)
 
     last = tl.full((), -1, tl.int64)
-    for tile in range(split * TILES, (split + 1) * TILES):
+    for tile in range(split * tiles, (split + 1) * tiles):
         in_window, row = list_rows(window_rows, entry_rows, tile, place, W, M, COLUMNS)
         last = tl.maximum(last, tl.max(row))
         if tl.max(row) >= 0:
@@ -266,9 +266,9 @@ def decode_attention_kernel(
     most_TSH = q_THK.new_empty((num_queries, split.splits, num_heads), dtype=torch.float32)
     total_TSH = torch.empty_like(most_TSH)
     sums_TSHK = most_TSH.new_empty((*most_TSH.shape, width))
-    rest = sums_TSHK, most_TSH, total_TSH, num_heads, *lengths, width**-0.5 * LOG2_E
+    rest = sums_TSHK, most_TSH, total_TSH, num_heads, *lengths, split.tiles, width**-0.5 * LOG2_E
     early = starts_early(q_THK.device)
-    shape = {"K": width, "R": rotary_width or 0, "TILES": split.tiles, "EARLY": early, "launch_pdl": early}
+    shape = {"K": width, "R": rotary_width or 0, "EARLY": early, "launch_pdl": early}
     if hopper:
         from leadline.ops.decode_attention.hopper import decode_attention_fwd_hopper_kernel
 
@@ -276,7 +276,7 @@ def decode_attention_kernel(
         grid = split.splits, triton.cdiv(num_heads, heads), num_queries
         decode_attention_fwd_hopper_kernel[grid](
             q_THK, *as_words(window, window_scales), window_rows_TW, *as_words(entries, entry_scales), entry_rows_TM,
-            *rest, **shape, TILE=split.columns, HEADS=heads, WARPS=split.warps, num_warps=split.warps,
+            *rest, **shape, TILE=split.columns, SINGLE=split.tiles == 1, HEADS=heads, WARPS=split.warps, num_warps=split.warps,
         )  # fmt: skip
     else:
         grid = split.splits, triton.cdiv(num_heads, 16), num_queries
