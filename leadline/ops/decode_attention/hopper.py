@@ -15,8 +15,8 @@ A program that has one tile is a chain, from lists to rows, products, weights, p
 scores are summed up over the columns that are already decoded while the next are, and sums of some columns are written
 while those of others are made. With several tiles, the bytes of the next one are on their way while one is multiplied.
 
-The rules of `sparse_attention/hopper.py` hold here as well: phases of shared memory are divided by a wait, a barrier and
-a proxy fence, and no accumulator is touched while it is in flight, not even on another path.
+The rules of `sparse_attention/hopper.py` hold here as well: phases of shared memory are divided by a wait, a barrier
+and a proxy fence, and no accumulator is touched while it is in flight, not even on another path.
 """
 
 from __future__ import annotations
@@ -92,14 +92,24 @@ def _columns(chunks, scales, b: gl.constexpr, K: gl.constexpr):
 
 
 @gluon.jit
-def _store_query(target, q_HK, heads, K: gl.constexpr, R: gl.constexpr, HEADS: gl.constexpr, WARPS: gl.constexpr):
-    """Write a block of heads to shared memory, zeros behind `heads`, with columns in the order of the keys."""
+def _load_query(q_HK, heads, K: gl.constexpr, HEADS: gl.constexpr, WARPS: gl.constexpr):
+    """A block of heads in pieces of 64 columns, zeros behind `heads`."""
     QUERY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     head = gl.arange(0, HEADS, gl.SliceLayout(1, QUERY))
+    pieces = ()
+    for at in gl.static_range(0, K, 64):
+        column = at + gl.arange(0, 64, gl.SliceLayout(0, QUERY))
+        pieces += (gl.load(q_HK + (head * K)[:, None] + column[None, :], mask=(head < heads)[:, None], other=0.0),)
+    return pieces
+
+
+@gluon.jit
+def _store_query(target, pieces, K: gl.constexpr, R: gl.constexpr, HEADS: gl.constexpr):
+    """Write a block of heads to shared memory with columns in the order of the keys. First the left halves of all
+    buffers, because between two writes to one buffer stands a barrier."""
     for half in gl.static_range(2):
         for b in gl.static_range(K // 128):
-            column = b * 128 + half * 64 + gl.arange(0, 64, gl.SliceLayout(0, QUERY))
-            q = gl.load(q_HK + (head * K)[:, None] + column[None, :], mask=(head < heads)[:, None], other=0.0)
+            q = pieces[2 * b + half]
             if b * 128 + half * 64 < K - 64 and R > 0:
                 q = q.reshape([HEADS, 16, 2, 2]).permute([0, 1, 3, 2]).reshape([HEADS, 64])
             target[b].slice(half * 64, 64, 1).store(q)
@@ -118,10 +128,10 @@ def decode_attention_fwd_hopper_kernel(
     q_THK, window, window_scales, window_rows, entries, entry_scales, entry_rows,
     sums_TSHK, most_TSH, total_TSH, H, W, M, tiles, scale,
     K: gl.constexpr, R: gl.constexpr, TILE: gl.constexpr, SINGLE: gl.constexpr, HEADS: gl.constexpr,
-    WARPS: gl.constexpr, EARLY: gl.constexpr,
+    WARPS: gl.constexpr, EARLY: gl.constexpr, STEP: gl.constexpr = 1,
 ):  # fmt: skip
-    """One split of one query for a block of heads: some tiles of TILE rows, SINGLE: one. Packed rows come as int32, with
-    one int64 of scales each; R is 0 for floats."""
+    """One split of one query for a block of heads: some tiles of TILE rows, or a SINGLE one. Packed rows come as int32,
+    with one int64 of scales each; R is 0 for floats."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
@@ -148,6 +158,7 @@ def decode_attention_fwd_hopper_kernel(
 
     place = first + gl.arange(0, TILE, ROWS)
     rows = _listed(window_rows, entry_rows, place, W, M, TILE)
+    pieces = _load_query(q_THK + (t * H + head) * K, H - head, K, HEADS, WARPS)
     vectors = gl.where(first < window_places, window, entries)
     if R:
         scales = gl.where(first < window_places, window_scales, entry_scales)
@@ -167,7 +178,7 @@ def decode_attention_fwd_hopper_kernel(
         q += (gl.allocate_shared_memory(dtype, [HEADS, 128], SHARED),)
         sums += (gl.zeros([128, HEADS], gl.float32, SUM),)
     weights = gl.allocate_shared_memory(dtype, [TILE, HEADS], gl.NVMMASharedLayout(2 * HEADS, 16))
-    _store_query(q, q_THK + (t * H + head) * K, H - head, K, R, HEADS, WARPS)
+    _store_query(q, pieces, K, R, HEADS)
     most = gl.full([HEADS], float("-inf"), gl.float32, HEAD)  # in units of log 2
     totals = gl.zeros([TILE, HEADS], gl.float32, SCORES)
     for tile in range(1 if SINGLE else tiles):
@@ -182,14 +193,16 @@ def decode_attention_fwd_hopper_kernel(
             rows = _listed(window_rows, entry_rows, place + (tile + 1) * TILE, W, M, TILE)
             vectors = gl.where(next_place < window_places, window, entries)
         scores = gl.zeros([TILE, HEADS], gl.float32, SCORES)
-        for b in gl.static_range(BUFFERS):
-            if R:
-                keys[b].store(_columns(chunks, codes, b, K))
-            else:
-                async_copy.wait_group(BUFFERS - 1 - b)
+        for c in gl.static_range(0, BUFFERS, STEP):
+            for b in gl.static_range(c, (c + STEP if c + STEP < BUFFERS else BUFFERS)):
+                if R:
+                    keys[b].store(_columns(chunks, codes, b, K))
+                else:
+                    async_copy.wait_group(BUFFERS - 1 - b)
             fence_async_shared()
             barrier()
-            scores = warpgroup_mma(keys[b], q[b].permute([1, 0]), scores, use_acc=b > 0, is_async=True)
+            for b in gl.static_range(c, (c + STEP if c + STEP < BUFFERS else BUFFERS)):
+                scores = warpgroup_mma(keys[b], q[b].permute([1, 0]), scores, use_acc=b > 0, is_async=True)
         if not SINGLE and R:
             scales = gl.where(next_place < window_places, window_scales, entry_scales)
             chunks, codes = _load_packed(vectors, scales, rows, K, WORDS, ROTARY)

@@ -32,16 +32,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leadline.ops.cache_rows.kernel import chunk_of, load_rows, multiprocessors, rotary_view
+from leadline.ops.cache_rows.kernel import chunk_of, load_rows, rotary_view
 from leadline.ops.early_start import begin, starts_early
 from leadline.ops.opaque import opaque
 from leadline.ops.rope.kernel import turn_pairs
 
 LOG2_E = math.log2(math.e)
-MOST_SPLITS = 33
-ENOUGH_PROGRAMS = 256  # about two for each multiprocessor of a large card; the same everywhere, so that bits are
+MOST_SPLITS = 66
+ENOUGH_PROGRAMS = 132  # of 32 heads: one for each multiprocessor of a large card; the same everywhere, as bits must be
 # Columns of a tile, and warps of a program that has one: on Hopper, elsewhere, and of FP32, which has no matrix unit.
-HOPPER_TILES, TILES, FP32_TILES = ((64, 4), (128, 8)), ((64, 4),), ((16, 4),)
+HOPPER_TILES, TILES, FP32_TILES = ((64, 8), (128, 8)), ((64, 4),), ((16, 4),)
 COLUMNS_OF_SUM = 128
 
 
@@ -190,26 +190,16 @@ class Split(NamedTuple):
     @classmethod
     def of(cls, window: int, entries: int, shapes: Sequence[tuple[int, int]], blocks: int) -> Split:
         """For lists of these lengths: at most MOST_SPLITS, so that what they leave stays small beside the cache, and
-        for many queries about as many as make ENOUGH_PROGRAMS.
+        for many queries no more than make ENOUGH_PROGRAMS, which then run at the same time.
 
         shapes: columns and warps, the smallest first. The first is taken of which one tile in a split is enough, else
         several of the last. blocks: of 32 heads, of all queries.
         """
-        wanted = min(MOST_SPLITS, max(1, ENOUGH_PROGRAMS // blocks))
-        for columns, warps in shapes:
-            total = max(1, triton.cdiv(window, columns) + triton.cdiv(entries, columns))
-            if total <= wanted:
-                return cls(columns, 1, total, warps)
-        tiles = triton.next_power_of_2(triton.cdiv(total, MOST_SPLITS))
-        while total >= 2 * tiles * wanted:
-            tiles *= 2
+        most = min(MOST_SPLITS, max(1, ENOUGH_PROGRAMS // blocks))
+        sizes = [(x, warps, max(1, triton.cdiv(window, x) + triton.cdiv(entries, x))) for x, warps in shapes]
+        columns, warps, total = next((size for size in sizes if size[2] <= most), sizes[-1])
+        tiles = triton.cdiv(total, most)
         return cls(columns, tiles, triton.cdiv(total, tiles), warps)
-
-
-def heads_per_program(num_queries: int, num_heads: int, splits: int, available: int) -> int:
-    """Heads of a block, 16 or 32: the larger where it still gives each available multiprocessor two programs."""
-    blocks = num_queries * splits * triton.cdiv(num_heads, 32)
-    return 32 if num_heads > 16 and blocks >= 2 * available else 16
 
 
 def for_hopper(q_THK: Tensor, rotary_width: int | None) -> bool:
@@ -272,11 +262,12 @@ def decode_attention_kernel(
     if hopper:
         from leadline.ops.decode_attention.hopper import decode_attention_fwd_hopper_kernel
 
-        heads = heads_per_program(num_queries, num_heads, split.splits, multiprocessors(q_THK.device))
+        heads = 32 if num_heads > 16 else 16
         grid = split.splits, triton.cdiv(num_heads, heads), num_queries
         decode_attention_fwd_hopper_kernel[grid](
             q_THK, *as_words(window, window_scales), window_rows_TW, *as_words(entries, entry_scales), entry_rows_TM,
-            *rest, **shape, TILE=split.columns, SINGLE=split.tiles == 1, HEADS=heads, WARPS=split.warps, num_warps=split.warps,
+            *rest, **shape, TILE=split.columns, SINGLE=split.tiles == 1, HEADS=heads,
+            WARPS=split.warps, num_warps=split.warps,
         )  # fmt: skip
     else:
         grid = split.splits, triton.cdiv(num_heads, 16), num_queries
