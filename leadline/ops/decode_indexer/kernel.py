@@ -105,35 +105,37 @@ def _counts(score, first, second, third):
 
 
 @triton.jit
-def _narrowed(counts, low, at_low, high, first, second, third, k):
-    """The quarter in which k scores are reached: its ends, and how many reach the lower one."""
+def _narrowed(counts, low, at_low, high, at_high, first, second, third, k):
+    """The quarter in which k scores are reached: its ends, each with how many reach it."""
     reach_1, reach_2, reach_3 = counts & 0xFFFFF, (counts >> 20) & 0xFFFFF, counts >> 40
     high = tl.where(reach_1 < k, first, tl.where(reach_2 < k, second, tl.where(reach_3 < k, third, high)))
     low = tl.where(reach_3 >= k, third, tl.where(reach_2 >= k, second, tl.where(reach_1 >= k, first, low)))
+    at_high = tl.where(reach_1 < k, reach_1, tl.where(reach_2 < k, reach_2, tl.where(reach_3 < k, reach_3, at_high)))
     at_low = tl.where(reach_3 >= k, reach_3, tl.where(reach_2 >= k, reach_2, tl.where(reach_1 >= k, reach_1, at_low)))
-    return low, at_low, high
+    return low, at_low, high, at_high
 
 
 @triton.jit
 def _bound(best, k, most):
-    """A number that at least k of the scores `best` [A] reach, and no more than `most` unless more are equal."""
-    low, high = tl.min(best).to(tl.int64), tl.max(best).to(tl.int64) + 1
-    at_low = tl.full((), best.shape[0], tl.int64)
+    """A number that at least k of the scores `best` [A] reach, and no more than `most` unless more are equal; and one
+    above all of them."""
+    low, top = tl.min(best).to(tl.int64), tl.max(best).to(tl.int64) + 1
+    at_low, high, at_high = tl.full((), best.shape[0], tl.int64), top, tl.full((), 0, tl.int64)
     while (high - low > 1) & (at_low > most):
         first, second, third = _quarters(low, high)
         counts = _counts(best, first, second, third)
-        low, at_low, high = _narrowed(counts, low, at_low, high, first, second, third, k)
-    return low.to(tl.int32)
+        low, at_low, high, at_high = _narrowed(counts, low, at_low, high, at_high, first, second, third, k)
+    return low.to(tl.int32), top.to(tl.int32)
 
 
 @triton.jit
 def decode_candidates_kernel(
-    scores_TC, best_TG, visible_T, numbers_TRX, candidates_TRX, counts_TR, bound_T, M, C, G,
+    scores_TC, best_TG, visible_T, numbers_TRX, candidates_TRX, counts_TR, bounds_T2, M, C, G,
     BEST: tl.constexpr, COLUMNS: tl.constexpr, REGION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The keys of one region of one query that may be picked: their numbers in ascending order and ordered scores, how
-    many they are, and the bound that they reach. BEST: groups of a query, COLUMNS: columns that they are dealt out to,
-    REGION: keys of a region; powers of two that the true numbers may fall short of."""
+    many they are, the bound that they reach, and one that none does. BEST: groups of a query, COLUMNS: columns that
+    they are dealt out to, REGION: keys of a region; powers of two that the true numbers may fall short of."""
     begin(EARLY)
     t = tl.program_id(1).to(tl.int64)
     region, regions = tl.program_id(0), tl.num_programs(0)
@@ -151,7 +153,7 @@ def decode_candidates_kernel(
     number = region * of_region * 64 + four + tl.arange(0, 4)[None, :]
     score = tl.load(scores_TC + t * C + number, mask=four < tiles * 64, other=LOWEST)
 
-    bound = _bound(tl.max(best, 0), M, M + M // 8)
+    bound, top = _bound(tl.max(best, 0), M, M + M // 8)
 
     taken = (score >= bound) & (score > LOWEST)
     counts = taken.to(tl.int32)
@@ -162,7 +164,8 @@ def decode_candidates_kernel(
     tl.store(candidates_TRX + at + place, score, mask=taken)
     tl.store(counts_TR + t * regions + region, tl.sum(counts))
     if region == 0:
-        tl.store(bound_T + t, bound)
+        tl.store(bounds_T2 + 2 * t, bound)
+        tl.store(bounds_T2 + 2 * t + 1, top)
 
 
 @triton.jit
@@ -171,19 +174,6 @@ def _block(values, count_R, at, REGION: tl.constexpr, REGIONS: tl.constexpr, SLO
     slot = at + tl.arange(0, SLOTS)[None, :]
     real = slot < count_R[:, None]
     return tl.load(values + tl.arange(0, REGIONS)[:, None] * REGION + slot, mask=real, other=LOWEST), real
-
-
-@triton.jit
-def _reaching(
-    score, candidates, count_R, most, first, second, third,
-    REGION: tl.constexpr, REGIONS: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
-    """`_counts` of all candidates. score: of the first block."""
-    counts = _counts(score, first, second, third)
-    for at in range(SLOTS, most, SLOTS):
-        score, _ = _block(candidates, count_R, at, REGION, REGIONS, SLOTS)
-        counts += _counts(score, first, second, third)
-    return counts
 
 
 @triton.jit
@@ -221,7 +211,7 @@ def _store_picks(picked_TM, rows_TM, taken, before_R, number, page):
 
 @triton.jit
 def decode_select_kernel(
-    numbers_TRX, candidates_TRX, counts_TR, bound_T, pages_NP, sequence_T, visible_T, picked_TM, rows_TM, P, M,
+    numbers_TRX, candidates_TRX, counts_TR, bounds_T2, pages_NP, sequence_T, visible_T, picked_TM, rows_TM, P, M,
     PICKS: tl.constexpr, REGION: tl.constexpr, REGIONS: tl.constexpr, SLOTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Picks of one query: of its candidates the M best. Usually the first block, SLOTS candidates of every region, is
@@ -232,7 +222,7 @@ def decode_select_kernel(
     visible = tl.load(visible_T + t).to(tl.int32)
     pages_NP += tl.load(sequence_T + t).to(tl.int64) * P
     count_R = tl.load(counts_TR + t * REGIONS + tl.arange(0, REGIONS))
-    low = tl.load(bound_T + t).to(tl.int64)
+    low, high = tl.load(bounds_T2 + 2 * t).to(tl.int64), tl.load(bounds_T2 + 2 * t + 1).to(tl.int64)
     # All loads at once: what stands behind the candidates of a region is read too, and dropped.
     slot = tl.arange(0, SLOTS)[None, :]
     score = tl.load(candidates + tl.arange(0, REGIONS)[:, None] * REGION + slot)
@@ -243,21 +233,18 @@ def decode_select_kernel(
         real = slot < count_R[:, None]
         score = tl.where(real, score, LOWEST)
         page = tl.load(pages_NP + number // 32, mask=real, other=0)
-        most, at_low = tl.max(count_R), tl.sum(count_R).to(tl.int64)
-        highest = tl.max(score)
-        for at in range(SLOTS, most, SLOTS):
-            score_here, _ = _block(candidates, count_R, at, REGION, REGIONS, SLOTS)
-            highest = tl.maximum(highest, tl.max(score_here))
-        high = highest.to(tl.int64) + 1
+        most, at_low, at_high = tl.max(count_R), tl.sum(count_R).to(tl.int64), tl.full((), 0, tl.int64)
         while (high - low > 1) & (at_low > M):
             first, second, third = _quarters(low, high)
-            counts = _reaching(score, candidates, count_R, most, first, second, third, REGION, REGIONS, SLOTS)
-            low, at_low, high = _narrowed(counts, low, at_low, high, first, second, third, M)
+            counts = _counts(score, first, second, third)
+            for at in range(SLOTS, most, SLOTS):
+                score_here, _ = _block(candidates, count_R, at, REGION, REGIONS, SLOTS)
+                counts += _counts(score_here, first, second, third)
+            low, at_low, high, at_high = _narrowed(counts, low, at_low, high, at_high, first, second, third, M)
         threshold = low.to(tl.int32)
         last = tl.full((), 2**30, tl.int32)
         if at_low > M:
-            above = _reaching(score, candidates, count_R, most, low, low, low + 1, REGION, REGIONS, SLOTS) >> 40
-            allowed = M - above.to(tl.int32)
+            allowed = M - at_high.to(tl.int32)
             last = _last_tie(
                 score, number, candidates, numbers, count_R, most, threshold, allowed, REGION, REGIONS, SLOTS
             )
@@ -371,15 +358,15 @@ def decode_pick_entries_kernel(
     region = triton.next_power_of_2(triton.cdiv(scores_TC.shape[1], regions * TILE)) * TILE
     numbers_TRX = torch.empty(num_queries, regions, region, dtype=torch.int32, device=q_TJI.device)
     candidates_TRX = torch.empty_like(numbers_TRX)
-    counts_TR, bound_T = numbers_TRX.new_empty(num_queries, regions), numbers_TRX.new_empty(num_queries)
+    counts_TR, bounds_T2 = numbers_TRX.new_empty(num_queries, regions), numbers_TRX.new_empty(num_queries, 2)
     decode_candidates_kernel[(regions, num_queries)](
-        scores_TC, best_TG, visible_T, numbers_TRX, candidates_TRX, counts_TR, bound_T,
+        scores_TC, best_TG, visible_T, numbers_TRX, candidates_TRX, counts_TR, bounds_T2,
         picks, scores_TC.shape[1], best_TG.shape[1],
         BEST=groups, COLUMNS=min(groups, max(1024, 2 * most)), REGION=region,
         EARLY=early, launch_pdl=early, num_warps=4 if region < 2048 else 8,
     )  # fmt: skip
     decode_select_kernel[(num_queries,)](
-        numbers_TRX, candidates_TRX, counts_TR, bound_T, pages_NP, sequence_T, visible_T, picked_TM, rows_TM,
+        numbers_TRX, candidates_TRX, counts_TR, bounds_T2, pages_NP, sequence_T, visible_T, picked_TM, rows_TM,
         pages, picks, PICKS=most, REGION=region, REGIONS=regions, SLOTS=32,
         EARLY=early, launch_pdl=early, num_warps=8,
     )  # fmt: skip
