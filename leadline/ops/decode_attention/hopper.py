@@ -191,6 +191,7 @@ def decode_attention_fwd_hopper_kernel(
         if not SINGLE:
             next_place = first + (tile + 1) * TILE
             rows = _listed(window_rows, entry_rows, place + (tile + 1) * TILE, W, M, TILE)
+            rows = gl.where(tile + 1 < tiles, rows, -1)  # the next tile may be another program's
             vectors = gl.where(next_place < window_places, window, entries)
         scores = gl.zeros([TILE, HEADS], gl.float32, SCORES)
         for c in gl.static_range(0, BUFFERS, STEP):
