@@ -167,7 +167,7 @@ def test_splits() -> None:
                 counts.append(split.splits)
             assert counts == sorted(counts, reverse=True)
             assert counts[-1] == 1
-    assert Split.of(128, 512, HOPPER_TILES, 2) == Split.of(128, 512, HOPPER_TILES, 12) == Split(64, 1, 10, 8)
+    assert Split.of(128, 512, HOPPER_TILES, 2) == Split.of(128, 512, HOPPER_TILES, 12) == Split(64, 1, 10, 4)
     assert Split.of(128, 512, HOPPER_TILES, 128) == Split(128, 5, 1, 8)
     assert Split.of(128, 8192, HOPPER_TILES, 2) == Split(128, 1, 65, 8)
     assert Split.of(128, 8192, HOPPER_TILES, 4) == Split(128, 2, 33, 8)

@@ -41,7 +41,7 @@ LOG2_E = math.log2(math.e)
 MOST_SPLITS = 66
 ENOUGH_PROGRAMS = 132  # of 32 heads: one for each multiprocessor of a large card; the same everywhere, as bits must be
 # Columns of a tile, and warps of a program that has one: on Hopper, elsewhere, and of FP32, which has no matrix unit.
-HOPPER_TILES, TILES, FP32_TILES = ((64, 8), (128, 8)), ((64, 4),), ((16, 4),)
+HOPPER_TILES, TILES, FP32_TILES = ((64, 4), (128, 8)), ((64, 4),), ((16, 4),)
 COLUMNS_OF_SUM = 128
 
 
@@ -202,6 +202,11 @@ class Split(NamedTuple):
         return cls(columns, tiles, triton.cdiv(total, tiles), warps)
 
 
+def heads_per_program(splits: int, num_heads: int) -> int:
+    """Heads of a block, 16 or 32: the fewer where the splits of all queries then run at the same time all the same."""
+    return 16 if splits * triton.cdiv(num_heads, 16) <= ENOUGH_PROGRAMS else 32
+
+
 def for_hopper(q_THK: Tensor, rotary_width: int | None) -> bool:
     """Whether the kernel of `hopper.py` runs: bfloat16, wide keys, and a GPU of that generation. rotary_width: of
     packed keys, None for floats."""
@@ -262,7 +267,7 @@ def decode_attention_kernel(
     if hopper:
         from leadline.ops.decode_attention.hopper import decode_attention_fwd_hopper_kernel
 
-        heads = 32 if num_heads > 16 else 16
+        heads = heads_per_program(num_queries * split.splits, num_heads)
         grid = split.splits, triton.cdiv(num_heads, heads), num_queries
         decode_attention_fwd_hopper_kernel[grid](
             q_THK, *as_words(window, window_scales), window_rows_TW, *as_words(entries, entry_scales), entry_rows_TM,
