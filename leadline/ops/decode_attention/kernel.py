@@ -10,12 +10,11 @@ Floors at a million tokens, one query of 64 heads of 512. HCA: 8,320 keys of 584
 on an H100. CSA: 640 keys, 0.1 us. Both are less than what starting two kernels takes, so the wait for lists, then rows,
 then products, one behind the other, is what counts.
 
-How the keys are split depends on the lengths W and M of the lists and on nothing that is in them, and a block of heads
-computes the same for each of its heads whatever its size: blocks are larger when there are more queries, because a key
-is decoded once for all the heads of a block. Many queries fill the card without splits, and then the sums of splits
-would be most of the bytes: 84 MB for 64 queries of 640 keys, which are 24 MB. So from 8 queries of 64 heads on long
-lists, and from 13 on those of CSA layers, there are fewer splits the more queries there are. Below, a query gets the
-same bits in every batch.
+How the keys are split depends on the lengths W and M of the lists and on the number of queries, and on nothing that is
+in them; a block of heads computes the same for each of its heads whatever its size. There are no more splits than
+programs can run at the same time, because one more costs a whole round, and because the sums of splits would be most of
+the bytes: 84 MB for 64 queries of 640 keys, which are 24 MB. So a query gets the same bits among as many others, whoever
+they are; and among fewer as well, as long as there is a split for each tile, in CSA layers up to 6 queries.
 
 Lists are padded with -1 to their greatest length, so that shapes are static. A program whose rows are all -1 is done
 when it has read them.
