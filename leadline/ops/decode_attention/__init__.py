@@ -30,8 +30,8 @@ def decode_attention(
     rotation: cos and sin, FP32 [T, R/2], of the queries' positions; o is turned back by them, as `unrotate_` does.
 
     Returns o_THK in the dtype of q and lse_TH = log of the denominator, FP32. A query without any row gets o = 0 and
-    lse = sink. Not differentiable. The bits of a query's result depend on its own lists, on their lengths W and M and on
-    T, never on what the other queries are: the kernel cuts lists into fewer parts when there are more queries.
+    lse = sink. Not differentiable. The bits of a query's result depend on its own lists, on their lengths W and M and
+    on T, never on what the other queries are: more queries have their lists cut into fewer parts.
     """
     assert (entries is None) == (entry_rows_TM is None)
     assert entries is None or isinstance(entries, Tensor) == isinstance(window, Tensor)

@@ -12,9 +12,9 @@ then products, one behind the other, is what counts.
 
 How the keys are split depends on the lengths W and M of the lists and on the number of queries, and on nothing that is
 in them; a block of heads computes the same for each of its heads whatever its size. There are no more splits than
-programs can run at the same time, because one more costs a whole round, and because the sums of splits would be most of
-the bytes: 84 MB for 64 queries of 640 keys, which are 24 MB. So a query gets the same bits among as many others, whoever
-they are; and among fewer as well, as long as there is a split for each tile, in CSA layers up to 6 queries.
+programs can run at the same time, because one more costs a whole round, and because the sums of splits would be most
+of the bytes: 84 MB for 64 queries of 640 keys, which are 24 MB. So a query gets the same bits among as many others,
+whoever they are; and among fewer as well, as long as there is a split for each tile, in CSA layers up to 6 queries.
 
 Lists are padded with -1 to their greatest length, so that shapes are static. A program whose rows are all -1 is done
 when it has read them.
