@@ -169,9 +169,16 @@ def decode_candidates_kernel(
 
 
 @triton.jit
+def _slots(SLOTS: tl.constexpr):
+    """Places of a region. The compiler is told not to load neighbours by one thread: then all that follows has one
+    layout, and nothing is exchanged between threads but sums."""
+    return tl.max_contiguous(tl.arange(0, SLOTS)[None, :], (1, 1))
+
+
+@triton.jit
 def _block(values, count_R, at, REGION: tl.constexpr, REGIONS: tl.constexpr, SLOTS: tl.constexpr):
     """What stands in places `at` to at + SLOTS - 1 of every region, and which of them hold a candidate."""
-    slot = at + tl.arange(0, SLOTS)[None, :]
+    slot = at + _slots(SLOTS)
     real = slot < count_R[:, None]
     return tl.load(values + tl.arange(0, REGIONS)[:, None] * REGION + slot, mask=real, other=LOWEST), real
 
@@ -224,16 +231,18 @@ def decode_select_kernel(
     count_R = tl.load(counts_TR + t * REGIONS + tl.arange(0, REGIONS))
     low, high = tl.load(bounds_T2 + 2 * t).to(tl.int64), tl.load(bounds_T2 + 2 * t + 1).to(tl.int64)
     # All loads at once: what stands behind the candidates of a region is read too, and dropped.
-    slot = tl.arange(0, SLOTS)[None, :]
+    slot = _slots(SLOTS)
     score = tl.load(candidates + tl.arange(0, REGIONS)[:, None] * REGION + slot)
     number = tl.load(numbers + tl.arange(0, REGIONS)[:, None] * REGION + slot)
     picked_TM += t * M
     rows_TM += t * M
+    # This sum stands before the branch, because no load is moved behind it.
+    at_low, at_high = tl.sum(tl.where(visible > M, count_R, 0)).to(tl.int64), tl.full((), 0, tl.int64)
     if visible > M:
         real = slot < count_R[:, None]
         score = tl.where(real, score, LOWEST)
         page = tl.load(pages_NP + number // 32, mask=real, other=0)
-        most, at_low, at_high = tl.max(count_R), tl.sum(count_R).to(tl.int64), tl.full((), 0, tl.int64)
+        most = tl.max(count_R)
         while (high - low > 1) & (at_low > M):
             first, second, third = _quarters(low, high)
             counts = _counts(score, first, second, third)
