@@ -119,7 +119,9 @@ def _narrowed(counts, low, at_low, high, at_high, first, second, third, k):
 def _bound(best, k, most):
     """A number that at least k of the scores `best` [A] reach, and no more than `most` unless more are equal; and one
     above all of them."""
-    low, top = tl.min(best).to(tl.int64), tl.max(best).to(tl.int64) + 1
+    # The lowest of k or more is reached by all of them; fewer leave open which scores beside the best are picked.
+    low = tl.where(k <= best.shape[0], tl.min(best), LOWEST).to(tl.int64)
+    top = tl.max(best).to(tl.int64) + 1
     at_low, high, at_high = tl.full((), best.shape[0], tl.int64), top, tl.full((), 0, tl.int64)
     while (high - low > 1) & (at_low > most):
         first, second, third = _quarters(low, high)
