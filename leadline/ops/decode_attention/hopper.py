@@ -46,16 +46,6 @@ def _listed(window_rows, entry_rows, place, W, M, TILE: gl.constexpr):
 
 
 @gluon.jit
-def _ask_for(payload, rows, K: gl.constexpr):
-    """Begin to bring packed rows to the L2 cache, all of them at once, of which few can be on their way to registers."""
-    address = (payload + rows.to(gl.int64) * ((K + 64) // 4)).to(gl.int64)
-    gl.inline_asm_elementwise(
-        "{ .reg .pred real; setp.ge.s32 real, $2, 0; @real cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0; }",
-        "=r,l,r,r", [address, rows, K + 64], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
 def _load_packed(payload, scales, rows, K: gl.constexpr, WORDS: gl.constexpr, ROTARY: gl.constexpr):
     """The bytes of packed rows, four in an integer: chunks of 64 codes, the rotary part behind them, and the scales of
     a row as one integer."""
@@ -138,7 +128,7 @@ def decode_attention_fwd_hopper_kernel(
     q_THK, window, window_scales, window_rows, entries, entry_scales, entry_rows,
     sums_TSHK, most_TSH, total_TSH, H, W, M, tiles, scale,
     K: gl.constexpr, R: gl.constexpr, TILE: gl.constexpr, SINGLE: gl.constexpr, HEADS: gl.constexpr,
-    WARPS: gl.constexpr, EARLY: gl.constexpr, STEP: gl.constexpr = 1, ASK: gl.constexpr = True,
+    WARPS: gl.constexpr, EARLY: gl.constexpr, STEP: gl.constexpr = 1,
 ):  # fmt: skip
     """One split of one query for a block of heads: some tiles of TILE rows, or a SINGLE one. Packed rows come as int32,
     with one int64 of scales each; R is 0 for floats."""
@@ -171,9 +161,6 @@ def decode_attention_fwd_hopper_kernel(
     pieces = _load_query(q_THK + (t * H + head) * K, H - head, K, HEADS, WARPS)
     vectors = gl.where(first < window_places, window, entries)
     if R:
-        if ASK:
-            each = first + gl.arange(0, TILE, gl.BlockedLayout([1], [32], [WARPS], [0]))
-            _ask_for(vectors, _listed(window_rows, entry_rows, each, W, M, TILE), K)
         scales = gl.where(first < window_places, window_scales, entry_scales)
         chunks, codes = _load_packed(vectors, scales, rows, K, WORDS, ROTARY)
     last = rows
