@@ -128,7 +128,7 @@ def decode_attention_fwd_hopper_kernel(
     q_THK, window, window_scales, window_rows, entries, entry_scales, entry_rows,
     sums_TSHK, most_TSH, total_TSH, H, W, M, tiles, scale,
     K: gl.constexpr, R: gl.constexpr, TILE: gl.constexpr, SINGLE: gl.constexpr, HEADS: gl.constexpr,
-    WARPS: gl.constexpr, EARLY: gl.constexpr, STEP: gl.constexpr = 1,
+    WARPS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """One split of one query for a block of heads: some tiles of TILE rows, or a SINGLE one. Packed rows come as int32,
     with one int64 of scales each; R is 0 for floats."""
@@ -194,16 +194,14 @@ def decode_attention_fwd_hopper_kernel(
             rows = gl.where(tile + 1 < tiles, rows, -1)  # the next tile may be another program's
             vectors = gl.where(next_place < window_places, window, entries)
         scores = gl.zeros([TILE, HEADS], gl.float32, SCORES)
-        for c in gl.static_range(0, BUFFERS, STEP):
-            for b in gl.static_range(c, (c + STEP if c + STEP < BUFFERS else BUFFERS)):
-                if R:
-                    keys[b].store(_columns(chunks, codes, b, K))
-                else:
-                    async_copy.wait_group(BUFFERS - 1 - b)
+        for b in gl.static_range(BUFFERS):
+            if R:
+                keys[b].store(_columns(chunks, codes, b, K))
+            else:
+                async_copy.wait_group(BUFFERS - 1 - b)
             fence_async_shared()
             barrier()
-            for b in gl.static_range(c, (c + STEP if c + STEP < BUFFERS else BUFFERS)):
-                scores = warpgroup_mma(keys[b], q[b].permute([1, 0]), scores, use_acc=b > 0, is_async=True)
+            scores = warpgroup_mma(keys[b], q[b].permute([1, 0]), scores, use_acc=b > 0, is_async=True)
         if not SINGLE and R:
             scales = gl.where(next_place < window_places, window_scales, entry_scales)
             chunks, codes = _load_packed(vectors, scales, rows, K, WORDS, ROTARY)
