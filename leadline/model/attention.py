@@ -91,8 +91,6 @@ class Attention(nn.Module):
             assert isinstance(entries, Tensor)
             signals = self._signals(operands, q_THK, entries, lse_TH, picked_TM, index, training)
         del q_THK, operands  # outside of training nobody needs them now, and they are as large as the output
-        # In place only an eighth of the values moves; but a gradient needs the attention's output as it was.
-        o_THK = rope(o_THK, *rotation, inverse=True) if o_THK.requires_grad else unrotate_(o_THK, *rotation)
         return self._project(o_THK), signals
 
     def keys(self, x_TD: Tensor, rotation: Rotation, cache_format: CacheFormat) -> Tensor:
@@ -116,15 +114,20 @@ class Attention(nn.Module):
     def _attend(
         self, q_THK: Tensor, keys: Source, entries: Source | None, picked_TM: Tensor | None, index: SegmentIndex
     ) -> tuple[Tensor, Tensor]:
-        """o [T, H, K] and the log of the denominator [T, H], from what was gathered or from the rows to look up."""
+        """o [T, H, K], rotated back, and the log of the denominator [T, H], from what was gathered or from the rows to
+        look up."""
+        rotation = index.rotation(self.ratio)
         if index.lookup is None:
             assert isinstance(keys, Tensor)
             assert entries is None or isinstance(entries, Tensor)
-            return sparse_attention(q_THK, keys, entries, self.attn_sink, index.reach(self.ratio), picked_TM)
+            o_THK, lse_TH = sparse_attention(q_THK, keys, entries, self.attn_sink, index.reach(self.ratio), picked_TM)
+            # In place only an eighth of the values moves; but a gradient needs the attention's output as it was.
+            o_THK = rope(o_THK, *rotation, inverse=True) if o_THK.requires_grad else unrotate_(o_THK, *rotation)
+            return o_THK, lse_TH
         assert not isinstance(keys, PackedIndex)
         assert not isinstance(entries, PackedIndex)
         rows_TM = index.lookup.entries_TP if self.ratio == HCA_RATIO else picked_TM
-        return decode_attention(q_THK, keys, index.lookup.window_TW, entries, rows_TM, self.attn_sink)
+        return decode_attention(q_THK, keys, index.lookup.window_TW, entries, rows_TM, self.attn_sink, rotation)
 
     def _project(self, o_THK: Tensor) -> Tensor:
         """Grouped output (report 2.3.3): each group of heads has its own map to L, then all groups together to D."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from leadline.formats.cache_entry import pack_keys, round_keys
 from leadline.ops.decode_attention import decode_attention
 from leadline.ops.reach import Reach
+from leadline.ops.rope import frequencies, rope, rotations
 from leadline.ops.sparse_attention import sparse_attention
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -75,3 +76,12 @@ def test_without_entries() -> None:
     # The lists differ in length, and so may the order of a sum.
     assert torch.allclose(found[0], wanted[0], rtol=1e-14, atol=1e-15)
     assert torch.allclose(found[1], wanted[1], rtol=1e-14, atol=1e-15)
+
+
+def test_turned_back() -> None:
+    arguments = operands(4, 7, 5)
+    rotation = rotations(torch.arange(4) + 7, frequencies(8, 1e4))
+    o, lse = decode_attention(*arguments)
+    found = decode_attention(*arguments, rotation)
+    assert torch.equal(found[0], rope(o, *rotation, inverse=True))
+    assert torch.equal(found[1], lse)

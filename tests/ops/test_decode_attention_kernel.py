@@ -14,6 +14,7 @@ from torch import Tensor
 from leadline.formats.cache_entry import pack_keys
 from leadline.ops.decode_attention import decode_attention
 from leadline.ops.dispatch import implementation
+from leadline.ops.rope import frequencies, rotations, unrotate_
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy warns where a GPU writes an infinity
@@ -107,6 +108,27 @@ def test_alone_or_not(packed: bool) -> None:
     check_alone(operands((3, 4, 16, 8, 20, 100), packed, torch.float32))
 
 
+def check_turned_back(arguments: list[Any], tolerance: float) -> None:
+    """The rotation in the kernel is that of `unrotate_`, of an output that was rounded."""
+    queries, rotary = len(arguments[0]), 64 if arguments[0].shape[2] > 64 else 8
+    rotation = rotations(
+        torch.arange(queries, device=arguments[0].device) + 7, frequencies(rotary, 1e4).to(arguments[0].device)
+    )
+    o, lse = kernel(arguments)
+    with implementation("reference"):
+        wanted = unrotate_(o.clone(), *rotation)
+    found = kernel([*arguments, rotation])
+    assert torch.equal(found[0][..., :-rotary], o[..., :-rotary])
+    assert torch.allclose(found[0], wanted, rtol=tolerance, atol=tolerance)
+    assert torch.equal(found[1], lse)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", ["several splits", "widths beside a block", "wide"])
+def test_turned_back(name: str) -> None:
+    check_turned_back(operands(SHAPES[name], True, torch.float32), 1e-6)
+
+
 @pytest.mark.interpret
 @settings(max_examples=5)
 @given(st.data())
@@ -124,7 +146,14 @@ def test_any_lists(data: st.DataObject) -> None:
 
 def test_splits() -> None:
     """Every place of both lists is in one split, whatever the number of queries; and many queries have few splits."""
-    from leadline.ops.decode_attention.kernel import FP32_TILES, HOPPER_TILES, MOST_SPLITS, TILES, Split
+    from leadline.ops.decode_attention.kernel import (
+        ENOUGH_PROGRAMS,
+        FP32_TILES,
+        HOPPER_TILES,
+        MOST_SPLITS,
+        TILES,
+        Split,
+    )
 
     for shapes in (FP32_TILES, TILES, HOPPER_TILES):
         for window, entries in ((1, 0), (128, 0), (128, 64), (128, 512), (127, 8192)):
@@ -132,15 +161,16 @@ def test_splits() -> None:
             for blocks in (1, 2, 7, 8, 24, 32, 64, 128, 1000):
                 split = Split.of(window, entries, shapes, blocks)
                 tiles = -(-window // split.columns) + -(-entries // split.columns)
-                assert split.tiles & (split.tiles - 1) == 0
                 assert (split.splits - 1) * split.tiles < tiles <= split.splits * split.tiles
                 assert split.splits <= MOST_SPLITS
+                assert split.splits == 1 or split.splits * blocks <= ENOUGH_PROGRAMS
                 counts.append(split.splits)
             assert counts == sorted(counts, reverse=True)
-            assert counts[-1] <= 2
-    assert Split.of(128, 512, HOPPER_TILES, 2) == Split.of(128, 512, HOPPER_TILES, 24) == Split(64, 1, 10, 4)
-    assert Split.of(128, 512, HOPPER_TILES, 128) == Split(128, 2, 3, 8)
-    assert Split.of(128, 8192, HOPPER_TILES, 10) == Split.of(128, 8192, HOPPER_TILES, 2) == Split(128, 2, 33, 8)
+            assert counts[-1] == 1
+    assert Split.of(128, 512, HOPPER_TILES, 2) == Split.of(128, 512, HOPPER_TILES, 12) == Split(64, 1, 10, 4)
+    assert Split.of(128, 512, HOPPER_TILES, 128) == Split(128, 5, 1, 8)
+    assert Split.of(128, 8192, HOPPER_TILES, 2) == Split(128, 1, 65, 8)
+    assert Split.of(128, 8192, HOPPER_TILES, 4) == Split(128, 2, 33, 8)
 
 
 @pytest.mark.interpret
@@ -210,15 +240,38 @@ def test_compiled(shape: tuple[int, int, int, int, int, int | None], packed: boo
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 64, 512, 64, 128, 512), (40, 20, 256, 64, 70, None)], ids=str)
+def test_compiled_turned_back(shape: tuple[int, int, int, int, int, int | None]) -> None:
+    check_turned_back(operands(shape, True, torch.bfloat16, "cuda"), 8e-3)
+
+
+@pytest.mark.gpu
 def test_compiled_fp32() -> None:
     check(operands((3, 20, 512, 64, 128, 512), True, torch.float32, "cuda"), 1e-5)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("picks", [512, 8192])
-def test_compiled_alone_or_not(picks: int) -> None:
+def test_compiled_alone_or_not() -> None:
     """Up to so many queries, lists are split as for one."""
-    check_alone(operands((12 if picks == 512 else 5, 64, 512, 64, 128, picks), True, torch.bfloat16, "cuda"))
+    check_alone(operands((6, 64, 512, 64, 128, 512), True, torch.bfloat16, "cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("queries", [5, 40])
+def test_compiled_beside_others(queries: int) -> None:
+    """Among as many others, it does not matter which, nor in which place."""
+    arguments = operands((queries, 64, 512, 64, 128, 3000), True, torch.bfloat16, "cuda")
+    turned = [
+        arguments[0].flip(0),
+        arguments[1],
+        arguments[2].flip(0),
+        arguments[3],
+        arguments[4].flip(0),
+        arguments[5],
+    ]
+    turned[0][1:], turned[2][1:], turned[4][1:] = turned[0][:1], turned[2][:1], turned[4][:1]
+    for ours, theirs in zip(kernel(turned), kernel(arguments), strict=True):
+        assert torch.equal(ours, theirs[-1:].expand_as(ours))
 
 
 @pytest.mark.gpu

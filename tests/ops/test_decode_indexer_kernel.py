@@ -84,6 +84,20 @@ def test_all_equal(weight: float) -> None:
     assert picked[0].tolist() == list(range(20))
 
 
+def spread_scores(pages: int, width: int, dtype: torch.dtype, device: str = "cpu") -> Operands:
+    """In each 16 keys one stands out, so that the best of all groups are few and high."""
+    q, weight, keys, table, sequence, visible = operands((1, 2, width, pages, 1), False, dtype, device)
+    assert isinstance(keys, Tensor)
+    keys[::16] = 3 * q[0].sum(0).sign()
+    return q, weight.abs() + 1, keys, table, sequence, visible
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("k", [8, 15, 16, 17, 100, 255])
+def test_more_picks_than_groups(k: int) -> None:
+    check(spread_scores(8, 32, torch.float32), k)
+
+
 @pytest.mark.interpret
 def test_crowded_scores() -> None:
     """The best keys side by side: more of them in one region than a block of candidates holds."""

@@ -10,12 +10,11 @@ Floors at a million tokens, one query of 64 heads of 512. HCA: 8,320 keys of 584
 on an H100. CSA: 640 keys, 0.1 us. Both are less than what starting two kernels takes, so the wait for lists, then rows,
 then products, one behind the other, is what counts.
 
-How the keys are split depends on the lengths W and M of the lists and on nothing that is in them, and a block of heads
-computes the same for each of its heads whatever its size: blocks are larger when there are more queries, because a key
-is decoded once for all the heads of a block. Many queries fill the card without splits, and then the sums of splits
-would be most of the bytes: 84 MB for 64 queries of 640 keys, which are 24 MB. So from 8 queries of 64 heads on long
-lists, and from 13 on those of CSA layers, there are fewer splits the more queries there are. Below, a query gets the
-same bits in every batch.
+How the keys are split depends on the lengths W and M of the lists and on the number of queries, and on nothing that is
+in them; a block of heads computes the same for each of its heads whatever its size. There are no more splits than
+programs can run at the same time, because one more costs a whole round, and because the sums of splits would be most
+of the bytes: 84 MB for 64 queries of 640 keys, which are 24 MB. So a query gets the same bits among as many others,
+whoever they are; and among fewer as well, as long as there is a split for each tile, in CSA layers up to 6 queries.
 
 Lists are padded with -1 to their greatest length, so that shapes are static. A program whose rows are all -1 is done
 when it has read them.
@@ -32,13 +31,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leadline.ops.cache_rows.kernel import chunk_of, load_rows, multiprocessors, rotary_view
+from leadline.ops.cache_rows.kernel import chunk_of, load_rows, rotary_view
 from leadline.ops.early_start import begin, starts_early
 from leadline.ops.opaque import opaque
+from leadline.ops.rope.kernel import turn_pairs
 
 LOG2_E = math.log2(math.e)
-MOST_SPLITS = 33
-ENOUGH_PROGRAMS = 256  # about two for each multiprocessor of a large card; the same everywhere, so that bits are
+MOST_SPLITS = 66
+ENOUGH_PROGRAMS = 132  # of 32 heads: one for each multiprocessor of a large card; the same everywhere, as bits must be
 # Columns of a tile, and warps of a program that has one: on Hopper, elsewhere, and of FP32, which has no matrix unit.
 HOPPER_TILES, TILES, FP32_TILES = ((64, 4), (128, 8)), ((64, 4),), ((16, 4),)
 COLUMNS_OF_SUM = 128
@@ -77,11 +77,11 @@ def _weighted_sums(sums, shrink_H, weights, keys):
 @triton.jit
 def decode_attention_fwd_kernel(
     q_THK, window, window_rotary, window_scales, window_rows, entries, entry_rotary, entry_scales, entry_rows,
-    sums_TSHK, most_TSH, total_TSH, H, W, M, scale,
-    K: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
+    sums_TSHK, most_TSH, total_TSH, H, W, M, tiles, scale,
+    K: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One split of one query for a block of heads. scale: K^-0.5 log2 e. TILES: tiles of COLUMNS rows in a split."""
+    """One split of one query for a block of heads. scale: K^-0.5 log2 e. tiles: of COLUMNS rows in a split."""
     begin(EARLY)
     split, splits = tl.program_id(0), tl.num_programs(0)
     t = tl.program_id(2).to(tl.int64)
@@ -103,7 +103,7 @@ def decode_attention_fwd_kernel(
         sums += (tl.zeros((HEADS, CHUNK), tl.float32),)
 
     last = tl.full((), -1, tl.int64)
-    for tile in range(split * TILES, (split + 1) * TILES):
+    for tile in range(split * tiles, (split + 1) * tiles):
         in_window, row = list_rows(window_rows, entry_rows, tile, place, W, M, COLUMNS)
         last = tl.maximum(last, tl.max(row))
         if tl.max(row) >= 0:
@@ -136,10 +136,11 @@ def decode_attention_fwd_kernel(
 
 @triton.jit
 def decode_attention_combine_kernel(
-    sums_TSHK, most_TSH, total_TSH, sink_H, o_THK, lse_TH, S, H,
-    K: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
+    sums_TSHK, most_TSH, total_TSH, sink_H, cos, sin, o_THK, lse_TH, S, H,
+    K: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """o of some columns of one head of one query, and its lse. S splits; one without a key has the total 0, no sums."""
+    """o of some columns of one head of one query, and its lse. S splits; one without a key has the total 0, no sums.
+    R: the last columns, which are turned back by the angles of cos and sin [T, R / 2]; 0 if none are."""
     begin(EARLY)
     t, h = tl.program_id(2).to(tl.int64), tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -151,6 +152,11 @@ def decode_attention_combine_kernel(
     mask = (s < S)[:, None] & (column < K)[None, :]
     sums_SK = tl.load(sums_TSHK + (at_S * K)[:, None] + column[None, :], mask=mask, other=0.0)
     sums_SK = tl.where((total_S != 0)[:, None], sums_SK, 0.0)
+    if R > 0:
+        pair = (tl.program_id(0) * COLUMNS - (K - R)) // 2 + tl.arange(0, COLUMNS // 2)
+        turned = (pair >= 0) & (pair < R // 2)
+        cosines = tl.load(cos + t * (R // 2) + pair, mask=turned, other=1.0)
+        sines = tl.load(sin + t * (R // 2) + pair, mask=turned, other=0.0)
 
     sink = tl.load(sink_H + h)
     most = tl.max(most_S)
@@ -161,8 +167,11 @@ def decode_attention_combine_kernel(
     # A sink far above all scores makes the denominator infinite: the output is rightly 0, but its log must not be
     # taken from there.
     factor = tl.where(total != 0, 1.0 / (total + tl.exp2(sink * 1.4426950408889634 - base)), 0.0)
-    o = tl.sum(sums_SK * weight_S[:, None], 0) * factor
-    tl.store(o_THK + (t * H + h) * K + column, o.to(o_THK.dtype.element_ty), mask=column < K)
+    o = (tl.sum(sums_SK * weight_S[:, None], 0) * factor).to(o_THK.dtype.element_ty)
+    if R > 0:
+        o = turn_pairs(o.to(tl.float32)[None, :], cosines[None, :], -sines[None, :])
+        o = tl.reshape(o, (COLUMNS,)).to(o_THK.dtype.element_ty)
+    tl.store(o_THK + (t * H + h) * K + column, o, mask=column < K)
     log = (base + tl.log2(total)) * 0.6931471805599453
     top = tl.maximum(log, sink)
     tl.store(lse_TH + t * H + h, tl.where(total != 0, top + tl.log(tl.exp(log - top) + tl.exp(sink - top)), sink))
@@ -180,26 +189,21 @@ class Split(NamedTuple):
     @classmethod
     def of(cls, window: int, entries: int, shapes: Sequence[tuple[int, int]], blocks: int) -> Split:
         """For lists of these lengths: at most MOST_SPLITS, so that what they leave stays small beside the cache, and
-        for many queries about as many as make ENOUGH_PROGRAMS.
+        for many queries no more than make ENOUGH_PROGRAMS, which then run at the same time.
 
         shapes: columns and warps, the smallest first. The first is taken of which one tile in a split is enough, else
         several of the last. blocks: of 32 heads, of all queries.
         """
-        wanted = min(MOST_SPLITS, max(1, ENOUGH_PROGRAMS // blocks))
-        for columns, warps in shapes:
-            total = max(1, triton.cdiv(window, columns) + triton.cdiv(entries, columns))
-            if total <= wanted:
-                return cls(columns, 1, total, warps)
-        tiles = triton.next_power_of_2(triton.cdiv(total, MOST_SPLITS))
-        while total >= 2 * tiles * wanted:
-            tiles *= 2
+        most = min(MOST_SPLITS, max(1, ENOUGH_PROGRAMS // blocks))
+        sizes = [(x, warps, max(1, triton.cdiv(window, x) + triton.cdiv(entries, x))) for x, warps in shapes]
+        columns, warps, total = next((size for size in sizes if size[2] <= most), sizes[-1])
+        tiles = triton.cdiv(total, most)
         return cls(columns, tiles, triton.cdiv(total, tiles), warps)
 
 
-def heads_per_program(num_queries: int, num_heads: int, splits: int, available: int) -> int:
-    """Heads of a block, 16 or 32: the larger where it still gives each available multiprocessor two programs."""
-    blocks = num_queries * splits * triton.cdiv(num_heads, 32)
-    return 32 if num_heads > 16 and blocks >= 2 * available else 16
+def heads_per_program(splits: int, num_heads: int) -> int:
+    """Heads of a block, 16 or 32: the fewer where the splits of all queries then run at the same time all the same."""
+    return 16 if splits * triton.cdiv(num_heads, 16) <= ENOUGH_PROGRAMS else 32
 
 
 def for_hopper(q_THK: Tensor, rotary_width: int | None) -> bool:
@@ -223,6 +227,8 @@ def _shapes_only(
     entry_scales: Tensor | None,
     entry_rows_TM: Tensor | None,
     sink_H: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return q_THK.new_empty(q_THK.shape), q_THK.new_empty(q_THK.shape[:2], dtype=torch.float32)
 
@@ -237,6 +243,8 @@ def decode_attention_kernel(
     entry_scales: Tensor | None,
     entry_rows_TM: Tensor | None,
     sink_H: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The operation for q of 16 or 32 bits; sources as `cache_rows.operands` gives them."""
     q_THK, window_rows_TW = q_THK.contiguous(), window_rows_TW.contiguous()
@@ -252,17 +260,18 @@ def decode_attention_kernel(
     most_TSH = q_THK.new_empty((num_queries, split.splits, num_heads), dtype=torch.float32)
     total_TSH = torch.empty_like(most_TSH)
     sums_TSHK = most_TSH.new_empty((*most_TSH.shape, width))
-    rest = sums_TSHK, most_TSH, total_TSH, num_heads, *lengths, width**-0.5 * LOG2_E
+    rest = sums_TSHK, most_TSH, total_TSH, num_heads, *lengths, split.tiles, width**-0.5 * LOG2_E
     early = starts_early(q_THK.device)
-    shape = {"K": width, "R": rotary_width or 0, "TILES": split.tiles, "EARLY": early, "launch_pdl": early}
+    shape = {"K": width, "R": rotary_width or 0, "EARLY": early, "launch_pdl": early}
     if hopper:
         from leadline.ops.decode_attention.hopper import decode_attention_fwd_hopper_kernel
 
-        heads = heads_per_program(num_queries, num_heads, split.splits, multiprocessors(q_THK.device))
+        heads = heads_per_program(num_queries * split.splits, num_heads)
         grid = split.splits, triton.cdiv(num_heads, heads), num_queries
         decode_attention_fwd_hopper_kernel[grid](
             q_THK, *as_words(window, window_scales), window_rows_TW, *as_words(entries, entry_scales), entry_rows_TM,
-            *rest, **shape, TILE=split.columns, HEADS=heads, WARPS=split.warps, num_warps=split.warps,
+            *rest, **shape, TILE=split.columns, SINGLE=split.tiles == 1, HEADS=heads,
+            WARPS=split.warps, num_warps=split.warps,
         )  # fmt: skip
     else:
         grid = split.splits, triton.cdiv(num_heads, 16), num_queries
@@ -274,10 +283,12 @@ def decode_attention_kernel(
             num_warps=8 if width > 256 else 4, num_stages=1,
         )  # fmt: skip
     o_THK, lse_TH = torch.empty_like(q_THK), most_TSH.new_empty((num_queries, num_heads))
+    if cos is not None and sin is not None:
+        cos, sin = cos.contiguous(), sin.contiguous()
     columns = min(COLUMNS_OF_SUM, triton.next_power_of_2(width))
     decode_attention_combine_kernel[(triton.cdiv(width, columns), num_heads, num_queries)](
-        sums_TSHK, most_TSH, total_TSH, sink_H.contiguous(), o_THK, lse_TH, split.splits, num_heads,
-        K=width, SPLITS=triton.next_power_of_2(split.splits), COLUMNS=columns,
+        sums_TSHK, most_TSH, total_TSH, sink_H.contiguous(), cos, sin, o_THK, lse_TH, split.splits, num_heads,
+        K=width, R=0 if cos is None else 2 * cos.shape[1], SPLITS=triton.next_power_of_2(split.splits), COLUMNS=columns,
         EARLY=early, launch_pdl=early, num_warps=4,
     )  # fmt: skip
     return o_THK, lse_TH

@@ -105,52 +105,57 @@ def _counts(score, first, second, third):
 
 
 @triton.jit
-def _narrowed(counts, low, at_low, high, first, second, third, k):
-    """The quarter in which k scores are reached: its ends, and how many reach the lower one."""
+def _narrowed(counts, low, at_low, high, at_high, first, second, third, k):
+    """The quarter in which k scores are reached: its ends, each with how many reach it."""
     reach_1, reach_2, reach_3 = counts & 0xFFFFF, (counts >> 20) & 0xFFFFF, counts >> 40
     high = tl.where(reach_1 < k, first, tl.where(reach_2 < k, second, tl.where(reach_3 < k, third, high)))
     low = tl.where(reach_3 >= k, third, tl.where(reach_2 >= k, second, tl.where(reach_1 >= k, first, low)))
+    at_high = tl.where(reach_1 < k, reach_1, tl.where(reach_2 < k, reach_2, tl.where(reach_3 < k, reach_3, at_high)))
     at_low = tl.where(reach_3 >= k, reach_3, tl.where(reach_2 >= k, reach_2, tl.where(reach_1 >= k, reach_1, at_low)))
-    return low, at_low, high
+    return low, at_low, high, at_high
 
 
 @triton.jit
 def _bound(best, k, most):
-    """A number that at least k of the scores `best` [A] reach, and no more than `most` unless more are equal."""
-    low, high = tl.full((), LOWEST, tl.int64), tl.max(best).to(tl.int64) + 1
-    at_low = tl.full((), best.shape[0], tl.int64)
+    """A number that at least k of the scores `best` [A] reach, and no more than `most` unless more are equal; and one
+    above all of them."""
+    # The lowest of k or more is reached by all of them; fewer leave open which scores beside the best are picked.
+    low = tl.where(k <= best.shape[0], tl.min(best), LOWEST).to(tl.int64)
+    top = tl.max(best).to(tl.int64) + 1
+    at_low, high, at_high = tl.full((), best.shape[0], tl.int64), top, tl.full((), 0, tl.int64)
     while (high - low > 1) & (at_low > most):
         first, second, third = _quarters(low, high)
         counts = _counts(best, first, second, third)
-        low, at_low, high = _narrowed(counts, low, at_low, high, first, second, third, k)
-    return low.to(tl.int32)
+        low, at_low, high, at_high = _narrowed(counts, low, at_low, high, at_high, first, second, third, k)
+    return low.to(tl.int32), top.to(tl.int32)
 
 
 @triton.jit
 def decode_candidates_kernel(
-    scores_TC, best_TG, visible_T, numbers_TRX, candidates_TRX, counts_TR, bound_T, M, C, G,
+    scores_TC, best_TG, visible_T, numbers_TRX, candidates_TRX, counts_TR, bounds_T2, M, C, G,
     BEST: tl.constexpr, COLUMNS: tl.constexpr, REGION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The keys of one region of one query that may be picked: their numbers in ascending order and ordered scores, how
-    many they are, and the bound that they reach. BEST: groups of a query, COLUMNS: columns that they are dealt out to,
-    REGION: keys of a region; powers of two that the true numbers may fall short of."""
+    many they are, the bound that they reach, and one that none does. BEST: groups of a query, COLUMNS: columns that
+    they are dealt out to, REGION: keys of a region; powers of two that the true numbers may fall short of."""
     begin(EARLY)
     t = tl.program_id(1).to(tl.int64)
     region, regions = tl.program_id(0), tl.num_programs(0)
     visible = tl.load(visible_T + t).to(tl.int32)
+    group = tl.arange(0, BEST // COLUMNS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    best = tl.load(best_TG + t * G + group, mask=group < G, other=LOWEST)  # before it is known how many were scored
     if visible <= M:
         return
-    # Whole tiles were scored, so masks may go in steps of four, which lets a thread load four at once.
     tiles = tl.cdiv(visible, 64)
-    group = tl.arange(0, BEST // COLUMNS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    best = tl.load(best_TG + t * G + group, mask=group // 4 < tiles, other=LOWEST)
+    best = tl.where(group // 4 < tiles, best, LOWEST)
     of_region = tl.cdiv(tiles, regions)
     tiles = tl.minimum(tl.maximum(tiles - region * of_region, 0), of_region)
+    # Whole tiles were scored, so masks may go in steps of four, which lets a thread load four at once.
     four = 4 * tl.arange(0, REGION // 4)[:, None]
     number = region * of_region * 64 + four + tl.arange(0, 4)[None, :]
     score = tl.load(scores_TC + t * C + number, mask=four < tiles * 64, other=LOWEST)
 
-    bound = _bound(tl.max(best, 0), M, M + M // 8)
+    bound, top = _bound(tl.max(best, 0), M, M + M // 8)
 
     taken = (score >= bound) & (score > LOWEST)
     counts = taken.to(tl.int32)
@@ -161,106 +166,123 @@ def decode_candidates_kernel(
     tl.store(candidates_TRX + at + place, score, mask=taken)
     tl.store(counts_TR + t * regions + region, tl.sum(counts))
     if region == 0:
-        tl.store(bound_T + t, bound)
+        tl.store(bounds_T2 + 2 * t, bound)
+        tl.store(bounds_T2 + 2 * t + 1, top)
 
 
 @triton.jit
-def _block(candidates, count_R, at, REGION: tl.constexpr, REGIONS: tl.constexpr, SLOTS: tl.constexpr):
-    """Candidates `at` to at + SLOTS - 1 of every region: their addresses, and whether there are such."""
-    slot = at + tl.arange(0, SLOTS)[None, :]
-    return candidates + tl.arange(0, REGIONS)[:, None] * REGION + slot, slot < count_R[:, None]
+def _slots(SLOTS: tl.constexpr):
+    """Places of a region. The compiler is told not to load neighbours by one thread: then all that follows has one
+    layout, and nothing is exchanged between threads but sums."""
+    return tl.max_contiguous(tl.arange(0, SLOTS)[None, :], (1, 1))
 
 
 @triton.jit
-def _reaching(
-    candidates, count_R, most, first, second, third, REGION: tl.constexpr, REGIONS: tl.constexpr, SLOTS: tl.constexpr
-):
-    """`_counts` of all candidates."""
-    counts = tl.full((), 0, tl.int64)
-    for at in range(0, most, SLOTS):
-        place, real = _block(candidates, count_R, at, REGION, REGIONS, SLOTS)
-        counts += _counts(tl.load(place, mask=real, other=LOWEST), first, second, third)
-    return counts
+def _block(values, count_R, at, REGION: tl.constexpr, REGIONS: tl.constexpr, SLOTS: tl.constexpr):
+    """What stands in places `at` to at + SLOTS - 1 of every region, and which of them hold a candidate."""
+    slot = at + _slots(SLOTS)
+    real = slot < count_R[:, None]
+    return tl.load(values + tl.arange(0, REGIONS)[:, None] * REGION + slot, mask=real, other=LOWEST), real
 
 
 @triton.jit
 def _last_tie(
-    candidates, numbers, count_R, most, threshold, allowed,
+    score, number, candidates, numbers, count_R, most, threshold, allowed,
     REGION: tl.constexpr, REGIONS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """The largest number so that at most `allowed` candidates right at the threshold have one up to it."""
+    """The largest number so that at most `allowed` candidates right at the threshold have one up to it. score, number:
+    of the first block."""
     low, high = tl.full((), -1, tl.int32), tl.full((), 2**30, tl.int32)
     while high - low > 1:
         middle = low + (high - low) // 2
-        tied = tl.full((), 0, tl.int32)
-        for at in range(0, most, SLOTS):
-            place, real = _block(candidates, count_R, at, REGION, REGIONS, SLOTS)
-            score = tl.load(place, mask=real, other=LOWEST)
-            place, real = _block(numbers, count_R, at, REGION, REGIONS, SLOTS)
-            number = tl.load(place, mask=real, other=2**30)
-            tied += tl.sum(((score == threshold) & (number <= middle)).to(tl.int32))
+        tied = tl.sum(((score == threshold) & (number <= middle)).to(tl.int32))
+        for at in range(SLOTS, most, SLOTS):
+            score_here, real = _block(candidates, count_R, at, REGION, REGIONS, SLOTS)
+            number_here, _ = _block(numbers, count_R, at, REGION, REGIONS, SLOTS)
+            tied += tl.sum((real & (score_here == threshold) & (number_here <= middle)).to(tl.int32))
         low, high = tl.where(tied <= allowed, middle, low), tl.where(tied <= allowed, high, middle)
     return low
 
 
 @triton.jit
+def _taken(score, number, real, threshold, last):
+    """Which candidates are picked, 1 or 0: those above the threshold, and those right at it up to the last tie."""
+    return (real & (score >= threshold + (number > last).to(tl.int32))).to(tl.int32)
+
+
+@triton.jit
+def _store_picks(picked_TM, rows_TM, taken, before_R, number, page):
+    """Store what is taken of a block, in each region behind what was taken before."""
+    place = before_R[:, None] + tl.cumsum(taken, 1) - taken
+    tl.store(picked_TM + place, number, mask=taken != 0)
+    tl.store(rows_TM + place, page * 32 + number % 32, mask=taken != 0)
+
+
+@triton.jit
 def decode_select_kernel(
-    numbers_TRX, candidates_TRX, counts_TR, bound_T, pages_NP, sequence_T, visible_T, picked_TM, rows_TM, P, M,
+    numbers_TRX, candidates_TRX, counts_TR, bounds_T2, pages_NP, sequence_T, visible_T, picked_TM, rows_TM, P, M,
     PICKS: tl.constexpr, REGION: tl.constexpr, REGIONS: tl.constexpr, SLOTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Picks of one query: of its candidates the M best. Usually one block of SLOTS candidates a region holds all of
-    them; when scores are crowded, the walk over several takes longer."""
+    """Picks of one query: of its candidates the M best. Usually the first block, SLOTS candidates of every region, is
+    all of them and stays in registers; when scores are crowded, the others are read again in each step."""
     begin(EARLY)
     t = tl.program_id(0).to(tl.int64)
+    numbers, candidates = numbers_TRX + t * REGIONS * REGION, candidates_TRX + t * REGIONS * REGION
     visible = tl.load(visible_T + t).to(tl.int32)
     pages_NP += tl.load(sequence_T + t).to(tl.int64) * P
+    count_R = tl.load(counts_TR + t * REGIONS + tl.arange(0, REGIONS))
+    low, high = tl.load(bounds_T2 + 2 * t).to(tl.int64), tl.load(bounds_T2 + 2 * t + 1).to(tl.int64)
+    # All loads at once: what stands behind the candidates of a region is read too, and dropped.
+    slot = _slots(SLOTS)
+    score = tl.load(candidates + tl.arange(0, REGIONS)[:, None] * REGION + slot)
+    number = tl.load(numbers + tl.arange(0, REGIONS)[:, None] * REGION + slot)
     picked_TM += t * M
     rows_TM += t * M
-    pick = tl.arange(0, PICKS)
+    # This sum stands before the branch, because no load is moved behind it.
+    at_low, at_high = tl.sum(tl.where(visible > M, count_R, 0)).to(tl.int64), tl.full((), 0, tl.int64)
     if visible > M:
-        numbers, candidates = numbers_TRX + t * REGIONS * REGION, candidates_TRX + t * REGIONS * REGION
-        count_R = tl.load(counts_TR + t * REGIONS + tl.arange(0, REGIONS))
+        real = slot < count_R[:, None]
+        score = tl.where(real, score, LOWEST)
+        page = tl.load(pages_NP + number // 32, mask=real, other=0)
         most = tl.max(count_R)
-        low, at_low = tl.load(bound_T + t).to(tl.int64), tl.sum(count_R).to(tl.int64)
-        high = low
-        for at in range(0, most, SLOTS):
-            place, real = _block(candidates, count_R, at, REGION, REGIONS, SLOTS)
-            high = tl.maximum(high, tl.max(tl.load(place, mask=real, other=LOWEST)).to(tl.int64) + 1)
         while (high - low > 1) & (at_low > M):
             first, second, third = _quarters(low, high)
-            counts = _reaching(candidates, count_R, most, first, second, third, REGION, REGIONS, SLOTS)
-            low, at_low, high = _narrowed(counts, low, at_low, high, first, second, third, M)
+            counts = _counts(score, first, second, third)
+            for at in range(SLOTS, most, SLOTS):
+                score_here, _ = _block(candidates, count_R, at, REGION, REGIONS, SLOTS)
+                counts += _counts(score_here, first, second, third)
+            low, at_low, high, at_high = _narrowed(counts, low, at_low, high, at_high, first, second, third, M)
         threshold = low.to(tl.int32)
         last = tl.full((), 2**30, tl.int32)
         if at_low > M:
-            above = _reaching(candidates, count_R, most, low, low, low + 1, REGION, REGIONS, SLOTS) >> 40
-            allowed = M - above.to(tl.int32)
-            last = _last_tie(candidates, numbers, count_R, most, threshold, allowed, REGION, REGIONS, SLOTS)
+            allowed = M - at_high.to(tl.int32)
+            last = _last_tie(
+                score, number, candidates, numbers, count_R, most, threshold, allowed, REGION, REGIONS, SLOTS
+            )
 
-        taken_R = tl.zeros((REGIONS,), tl.int32)
-        for at in range(0, most, SLOTS):
-            place, real = _block(candidates, count_R, at, REGION, REGIONS, SLOTS)
-            score = tl.load(place, mask=real, other=LOWEST)
-            place, real = _block(numbers, count_R, at, REGION, REGIONS, SLOTS)
-            number = tl.load(place, mask=real, other=2**30)
-            taken_R += tl.sum((real & (score >= threshold + (number > last).to(tl.int32))).to(tl.int32), 1)
+        taken = _taken(score, number, real, threshold, last)
+        taken_R = tl.sum(taken, 1)
+        of_first_R = taken_R
+        for at in range(SLOTS, most, SLOTS):
+            score_here, real = _block(candidates, count_R, at, REGION, REGIONS, SLOTS)
+            number_here, _ = _block(numbers, count_R, at, REGION, REGIONS, SLOTS)
+            taken_R += tl.sum(_taken(score_here, number_here, real, threshold, last), 1)
         before_R = tl.cumsum(taken_R, 0) - taken_R
-        for at in range(0, most, SLOTS):
-            place, real = _block(candidates, count_R, at, REGION, REGIONS, SLOTS)
-            score = tl.load(place, mask=real, other=LOWEST)
-            place, real = _block(numbers, count_R, at, REGION, REGIONS, SLOTS)
-            number = tl.load(place, mask=real, other=2**30)
-            taken = real & (score >= threshold + (number > last).to(tl.int32))
-            counts = taken.to(tl.int32)
-            tl.store(picked_TM + before_R[:, None] + tl.cumsum(counts, 1) - counts, number, mask=taken)
-            before_R += tl.sum(counts, 1)
-        tl.debug_barrier()
-        number = tl.load(picked_TM + pick, mask=pick < M, other=-1)
+        _store_picks(picked_TM, rows_TM, taken, before_R, number, page)
+        before_R += of_first_R
+        for at in range(SLOTS, most, SLOTS):
+            score_here, real = _block(candidates, count_R, at, REGION, REGIONS, SLOTS)
+            number_here, _ = _block(numbers, count_R, at, REGION, REGIONS, SLOTS)
+            taken = _taken(score_here, number_here, real, threshold, last)
+            page = tl.load(pages_NP + number_here // 32, mask=taken != 0, other=0)
+            _store_picks(picked_TM, rows_TM, taken, before_R, number_here, page)
+            before_R += tl.sum(taken, 1)
     else:
-        number = tl.where(pick < visible, pick, -1)
-        tl.store(picked_TM + pick, number, mask=pick < M)
-    page = tl.load(pages_NP + number // 32, mask=number >= 0, other=0)
-    tl.store(rows_TM + pick, tl.where(number >= 0, page * 32 + number % 32, -1), mask=pick < M)
+        pick = tl.arange(0, PICKS)
+        number_M = tl.where(pick < visible, pick, -1)
+        page_M = tl.load(pages_NP + number_M // 32, mask=number_M >= 0, other=0)
+        tl.store(picked_TM + pick, number_M, mask=pick < M)
+        tl.store(rows_TM + pick, tl.where(number_M >= 0, page_M * 32 + number_M % 32, -1), mask=pick < M)
 
 
 def for_hopper(q_TJI: Tensor, scales: Tensor | None) -> bool:
@@ -347,15 +369,15 @@ def decode_pick_entries_kernel(
     region = triton.next_power_of_2(triton.cdiv(scores_TC.shape[1], regions * TILE)) * TILE
     numbers_TRX = torch.empty(num_queries, regions, region, dtype=torch.int32, device=q_TJI.device)
     candidates_TRX = torch.empty_like(numbers_TRX)
-    counts_TR, bound_T = numbers_TRX.new_empty(num_queries, regions), numbers_TRX.new_empty(num_queries)
+    counts_TR, bounds_T2 = numbers_TRX.new_empty(num_queries, regions), numbers_TRX.new_empty(num_queries, 2)
     decode_candidates_kernel[(regions, num_queries)](
-        scores_TC, best_TG, visible_T, numbers_TRX, candidates_TRX, counts_TR, bound_T,
+        scores_TC, best_TG, visible_T, numbers_TRX, candidates_TRX, counts_TR, bounds_T2,
         picks, scores_TC.shape[1], best_TG.shape[1],
         BEST=groups, COLUMNS=min(groups, max(1024, 2 * most)), REGION=region,
         EARLY=early, launch_pdl=early, num_warps=4 if region < 2048 else 8,
     )  # fmt: skip
     decode_select_kernel[(num_queries,)](
-        numbers_TRX, candidates_TRX, counts_TR, bound_T, pages_NP, sequence_T, visible_T, picked_TM, rows_TM,
+        numbers_TRX, candidates_TRX, counts_TR, bounds_T2, pages_NP, sequence_T, visible_T, picked_TM, rows_TM,
         pages, picks, PICKS=most, REGION=region, REGIONS=regions, SLOTS=32,
         EARLY=early, launch_pdl=early, num_warps=8,
     )  # fmt: skip
