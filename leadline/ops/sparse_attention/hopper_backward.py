@@ -1,8 +1,7 @@
 """The backward of sparse attention for Hopper; `hopper.py` has the idea, `kernel.py` says which kernel sums what.
 
-Rows of q and do are interleaved, q_0, do_0, q_1, do_1, ...: one product with the columns then gives q . k and do . k in
-neighbouring registers of one thread, and their gradients g and weights w, interleaved again, give g^T q + w^T do in one
-product.
+In shared memory 32 rows of q are followed by those of do: one product with the columns then gives q . k and do . k in
+registers of one thread.
 
 `bwd_columns` works as the forward does, with the roles changed: 64 columns stay, and the tiles are 32 heads of a query
 at a time, q and do. The sum is the gradient of the columns, and no running maximum goes around.
@@ -21,6 +20,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -63,16 +63,17 @@ from leadline.ops.sparse_attention.hopper import (
 
 
 @gluon.jit
-def _gradients(products, lse, inner, scale):
-    """From q . k and do . k, interleaved, [64, 64]: weights and gradients of the scores times K^-0.5, [64, 32]."""
-    q_products, do_products = gl.split(products.reshape([64, 32, 2]))
-    weights = gl.exp2(q_products * scale - lse)
-    return weights, weights * (do_products - inner[None, :]) * (scale * LN_2)
+def _halves(products):
+    """[64, 64] to its columns 0 to 31 and 32 to 63; both are in the registers of the same threads."""
+    return gl.split(products.reshape([64, 2, 32]).permute([0, 2, 1]))
 
 
 @gluon.jit
-def _interleaved(gradients, weights):
-    return gl.join(gradients, weights).reshape([64, 64])
+def _gradients(products, lse, inner, scale):
+    """From q . k and do . k, side by side, [64, 64]: weights and gradients of the scores times K^-0.5, [64, 32]."""
+    q_products, do_products = _halves(products)
+    weights = gl.exp2(q_products * scale - lse)
+    return weights, weights * (do_products - inner[None, :]) * (scale * LN_2)
 
 
 class Columns(NamedTuple):
@@ -103,11 +104,11 @@ def _load_rows(s, q_THK, do_THK, vectors_XK, part, H, X, K: gl.constexpr):
         target = s.block.index(0).slice(h * (K // 2), K // 2, 1)
         copy(target, block_R, part.block + row < X, h * (K // 2), s.block_loaded.index(0))
     blocks = gl.cdiv(H, 32)
-    rows_R = gl.where(row % 2 == 0, q_THK, do_THK) + row // 2 * K
+    rows_R = gl.where(row < 32, q_THK, do_THK) + row % 32 * K
     for step in range(0, part.steps):
         t, head = part.low + step // blocks, step % blocks * 32
         heads = gl.where(t < part.high, gl.minimum(H - head, 32), 0)
-        fill(s.ring, step % 2, step // 2, rows_R + (t * H + head) * K, row // 2 < heads, K)
+        fill(s.ring, step % 2, step // 2, rows_R + (t * H + head) * K, row % 32 < heads, K)
 
 
 @gluon.jit
@@ -116,7 +117,7 @@ def _own_rows(
 ):  # fmt: skip
     """A tile of this multiplier."""
     products = scores(s.block, s.ring, step // 2, W, K)
-    HALF: gl.constexpr = gl.split(gl.zeros([64, 64], gl.float32, PRODUCT).reshape([64, 32, 2]))[0].type.layout
+    HALF: gl.constexpr = _halves(gl.zeros([64, 64], gl.float32, PRODUCT))[0].type.layout
     x = part.block + gl.arange(0, 64, gl.SliceLayout(1, HALF))
     h = gl.arange(0, 32, gl.SliceLayout(0, HALF))
     blocks = gl.cdiv(H, 32)
@@ -129,8 +130,8 @@ def _own_rows(
     seen = ((x >= first) & (x <= last))[:, None]
     weights, gradients = _gradients(warpgroup_mma_wait(0, [products]), lse[None, :], inner, scale)
     # What is not seen may hold anything.
-    pairs = _interleaved(gl.where(seen, gradients, 0.0), gl.where(seen, weights, 0.0))
-    s.pairs.index(W).store(pairs.to(s.pairs.dtype))
+    s.pairs.index(W).slice(0, 32, 1).store(gl.where(seen, gradients, 0.0).to(s.pairs.dtype))
+    s.pairs.index(W).slice(32, 32, 1).store(gl.where(seen, weights, 0.0).to(s.pairs.dtype))
     fence_async_shared()
     tell(s.pairs_done.index(W))
     return add_half(sums, s.pairs, s.ring, W, step // 2, W, K)
@@ -209,15 +210,15 @@ def sparse_attention_bwd_columns_hopper_kernel(
 class Queries(NamedTuple):
     """Shared memory of `bwd_queries`. What is there twice belongs to tiles, queries or multipliers in turn.
 
-    heads: [1, 128, K], q and do. pieces: [places, 64, K / pieces], columns. pairs: [1, 64, 128] and gradients:
-    [1, 64, 64], of all heads. lse, inner: [2, 32]. unseen: [2, 64], -inf where a column of a tile is none.
+    heads: [1, 128, K], q and do of 32 heads, then those of the others. pieces: [places, 64, K / pieces], columns.
+    gradients, weights: [1, 64, 64], of all heads. lse, inner: [2, 32]. unseen: [2, 64], -inf where a column of a tile is none.
     steps, window_steps: [2, 1], tiles of a query, and of these the ones over the window.
     """
 
     heads: Any
     pieces: Any
-    pairs: Any
     gradients: Any
+    weights: Any
     lse: Any
     inner: Any
     unseen: Any
@@ -253,7 +254,7 @@ def _pieces(K):
 
 @gluon.constexpr_function
 def _places(K, ENTRIES):
-    """For how many pieces there is room: one more when no pairs are needed."""
+    """For how many pieces there is room: one more when no weights are needed."""
     return _pieces(K) + (ENTRIES != "picked")
 
 
@@ -291,12 +292,12 @@ def _load_columns(s, rows, sources, start, items, H, K: gl.constexpr, ENTRIES: g
             tiles += 1
             if step == 0:
                 # Behind the columns, which need not wait until the last query has gone.
-                heads_R = gl.where(row % 2 == 0, rows.q_THK, rows.do_THK) + (t * H + head) * K + row // 2 * K
+                heads_R = gl.where(row < 32, rows.q_THK, rows.do_THK) + (t * H + head) * K + row % 32 * K
                 for p in gl.static_range(_pieces(K)):
                     mbarrier.wait(s.heads_read.index(p), (count + 1) & 1)
                     for r in gl.static_range(2):
                         target = s.heads.index(0).slice(64 * r, 64, 0).slice(p * WIDTH, WIDTH, 1)
-                        real = head + 32 * r + row // 2 < H
+                        real = head + 32 * r + row % 32 < H
                         copy(target, heads_R + 32 * r * K, real, p * WIDTH, s.heads_loaded.index(p))
                 if ENTRIES != "picked":
                     _prefetch_heads(rows, item + gl.num_programs(0), start, items, H, K)
@@ -333,7 +334,7 @@ def _known_of_heads(s, rows, first, real, W: gl.constexpr, K: gl.constexpr):
 
 @gluon.jit
 def _weigh(s, step, tiles, count, scale, W: gl.constexpr, K: gl.constexpr, ENTRIES: gl.constexpr):
-    """Gradients, and with picks pairs, of a tile: this multiplier makes its half, then it waits for the other."""
+    """Gradients, and with picks weights, of a tile: this multiplier makes its half, then it waits for the other."""
     WIDTH: gl.constexpr = K // _pieces(K)
     dtype: gl.constexpr = s.gradients.dtype
     zero = unknown_zero(tiles)
@@ -347,7 +348,7 @@ def _weigh(s, step, tiles, count, scale, W: gl.constexpr, K: gl.constexpr, ENTRI
         piece = heads.slice(p * WIDTH, WIDTH, 1).permute([1, 0])
         products = warpgroup_mma(s.pieces.index(place + zero), piece, products, use_acc=p > 0, is_async=True)
     mbarrier.wait(s.unseen_done.index(tiles % 2), (tiles // 2) & 1)
-    HALF: gl.constexpr = gl.split(gl.zeros([64, 64], gl.float32, PRODUCT).reshape([64, 32, 2]))[0].type.layout
+    HALF: gl.constexpr = _halves(gl.zeros([64, 64], gl.float32, PRODUCT))[0].type.layout
     lse = s.lse.index(W).load(gl.SliceLayout(0, HALF))
     inner = s.inner.index(W).load(gl.SliceLayout(0, HALF))
     unseen = s.unseen.index(tiles % 2).load(gl.SliceLayout(1, HALF))
@@ -356,7 +357,7 @@ def _weigh(s, step, tiles, count, scale, W: gl.constexpr, K: gl.constexpr, ENTRI
     mbarrier.wait(s.pairs_read.index(1 - W), (tiles + 1) & 1)
     s.gradients.index(0).slice(32 * W, 32, 1).store(gradients.to(dtype))
     if ENTRIES == "picked":
-        s.pairs.index(0).slice(64 * W, 64, 1).store(_interleaved(gradients, weights).to(dtype))
+        s.weights.index(0).slice(32 * W, 32, 1).store(weights.to(dtype))
     fence_async_shared()
     tell(s.pairs_done.index(W))
     mbarrier.wait(s.pairs_done.index(1 - W), tiles & 1)
@@ -374,11 +375,12 @@ def _add_to_dq(s, dq, tiles, W: gl.constexpr, K: gl.constexpr, ENTRIES: gl.const
 
 
 @gluon.jit
-def _dq_landed(s, flying, tiles, W: gl.constexpr, K: gl.constexpr, ENTRIES: gl.constexpr):
-    """The sums when they have landed; each piece of columns is handed back at once."""
+def _dq_landed(s, flying, behind: gl.constexpr, tiles, W: gl.constexpr, K: gl.constexpr, ENTRIES: gl.constexpr):
+    """The sums when they have landed; each piece of columns is handed back at once. behind: products under way that
+    began later."""
     dq = ()
     for p in gl.static_range(len(flying)):
-        dq += (warpgroup_mma_wait(len(flying) - 1 - p, [flying[p]]),)
+        dq += (warpgroup_mma_wait(len(flying) - 1 - p + behind, [flying[p]]),)
         tell(s.empty.index(_place(tiles, W * len(flying) + p, K, ENTRIES)[0]))
     return dq
 
@@ -388,8 +390,30 @@ def _rows_of_picks(s, zero, piece: gl.constexpr, WIDTH: gl.constexpr):
     """A piece of g^T q + w^T do for the columns of a tile, in flight."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     heads = s.heads.index(zero).slice(piece * WIDTH, WIDTH, 1)
-    zeros = gl.zeros([64, WIDTH], gl.float32, LAYOUT)
-    return warpgroup_mma(s.pairs.index(zero), heads, zeros, use_acc=False, is_async=True)
+    sums = gl.zeros([64, WIDTH], gl.float32, LAYOUT)
+    for h in gl.static_range(2):
+        gradients = s.gradients.index(zero).slice(32 * h, 32, 1)
+        weights = s.weights.index(zero).slice(32 * h, 32, 1)
+        sums = warpgroup_mma(gradients, heads.slice(64 * h, 32, 0), sums, use_acc=h > 0, is_async=True)
+        sums = warpgroup_mma(weights, heads.slice(64 * h + 32, 32, 0), sums, is_async=True)
+    return sums
+
+
+@gluon.jit
+def _store_as_it_lies(rows, at, real, piece: gl.constexpr, x, K: gl.constexpr):
+    """rows[at] = x for a piece of the columns, in the order in which the registers of the threads have them:
+    `in_order` undoes it, for a sum, where that is cheaper than for each of its summands."""
+    WIDTH: gl.constexpr = x.shape[1]
+    x = x.to(rows.dtype.element_ty).reshape([64, WIDTH // 32, 4, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([64, WIDTH])
+    column = piece * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, x.type.layout))
+    here = (gl.convert_layout(at, gl.SliceLayout(1, x.type.layout)) * K)[:, None] + column[None, :]
+    real = gl.convert_layout(real, gl.SliceLayout(1, x.type.layout))
+    gl.store(rows + here, x, mask=real[:, None])
+
+
+def in_order(sums_CK: Tensor) -> Tensor:
+    """The columns of sums of rows of picks in their own order."""
+    return sums_CK.unflatten(1, (-1, 4, 4, 2)).transpose(2, 3).flatten(1)
 
 
 @gluon.jit
@@ -417,25 +441,25 @@ def _sum_columns(s, rows, start, items, H, M, scale, W: gl.constexpr, K: gl.cons
                 out = rows.rows_tMBK + (((t - start) * M + (step - window_steps) * 64) * blocks + head // 64) * K
                 at = gl.arange(0, 64, OUT) * blocks
                 real = s.unseen.index(tiles % 2).load(OUT) == 0.0
+                # First dq, so that the next columns have the time of the rows to come.
+                flying = _add_to_dq(s, dq, tiles, W, K, ENTRIES)
+                piece = _rows_of_picks(s, unknown_zero(tiles), W * OWN, WIDTH)
+                dq = _dq_landed(s, flying, 4, tiles, W, K, ENTRIES)
                 for p in gl.static_range(OWN):
-                    piece = _rows_of_picks(s, unknown_zero(tiles), W * OWN + p, WIDTH)
-                    if p == 0:
-                        # dq is multiplied while the first piece is stored.
-                        flying = _add_to_dq(s, dq, tiles, W, K, ENTRIES)
-                        piece = warpgroup_mma_wait(OWN, [piece])
-                    else:
-                        piece = warpgroup_mma_wait(0, [piece])
+                    landed = warpgroup_mma_wait(0, [piece])
                     if last:
                         tell(s.heads_read.index(W * OWN + p))
-                    store(out, at, real, (W * OWN + p) * WIDTH, piece, K)
-                    if p == 0:
-                        dq = _dq_landed(s, flying, tiles, W, K, ENTRIES)
+                    if p + 1 == OWN:
+                        tell(s.pairs_read.index(W))
+                    _store_as_it_lies(out, at, real, W * OWN + p, landed, K)
+                    if p + 1 < OWN:
+                        piece = _rows_of_picks(s, unknown_zero(tiles), W * OWN + p + 1, WIDTH)
             else:
                 if last:
                     for p in gl.static_range(OWN):
                         tell(s.heads_read.index(W * OWN + p))
-                dq = _dq_landed(s, _add_to_dq(s, dq, tiles, W, K, ENTRIES), tiles, W, K, ENTRIES)
-            tell(s.pairs_read.index(W))
+                dq = _dq_landed(s, _add_to_dq(s, dq, tiles, W, K, ENTRIES), 0, tiles, W, K, ENTRIES)
+                tell(s.pairs_read.index(W))
             tiles += 1
         row = gl.arange(0, 64, OUT)
         for p in gl.static_range(OWN):
@@ -456,8 +480,8 @@ def sparse_attention_bwd_queries_hopper_kernel(
     s = Queries(
         heads=gl.allocate_shared_memory(dtype, [1, 128, K], SHARED),
         pieces=gl.allocate_shared_memory(dtype, [PLACES, 64, K // _pieces(K)], SHARED),
-        pairs=gl.allocate_shared_memory(dtype, [1, 64 if ENTRIES == "picked" else 8, 128], SHARED),
         gradients=gl.allocate_shared_memory(dtype, [1, 64, 64], SHARED),
+        weights=gl.allocate_shared_memory(dtype, [1, 64 if ENTRIES == "picked" else 8, 64], SHARED),
         lse=gl.allocate_shared_memory(gl.float32, [2, 32], VECTOR),
         inner=gl.allocate_shared_memory(gl.float32, [2, 32], VECTOR),
         unseen=gl.allocate_shared_memory(gl.float32, [2, 64], VECTOR),

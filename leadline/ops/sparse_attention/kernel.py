@@ -624,6 +624,10 @@ def _backward_queries(
     for start, inverse in zip(range(0, num_queries, chunk), inverses, strict=True):
         launch(start, min(start + chunk, num_queries), rows_tMBK)
         add_picks(rows_tMBK, inverse, dentries_CK)
+    if blocks is None:
+        from leadline.ops.sparse_attention import hopper_backward
+
+        dentries_CK = hopper_backward.in_order(dentries_CK)
     return *results, dentries_CK
 
 
