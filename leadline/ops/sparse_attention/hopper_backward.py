@@ -400,19 +400,15 @@ def _rows_of_picks(s, zero, piece: gl.constexpr, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _store_as_it_lies(rows, at, real, piece: gl.constexpr, x, K: gl.constexpr):
-    """rows[at] = x for a piece of the columns, in the order in which the registers of the threads have them:
-    `in_order` undoes it, for a sum, where that is cheaper than for each of its summands."""
+def _as_it_lies(x):
+    """The columns in the order in which the registers of a product have them, so that `store` has nothing to move.
+    `in_order` undoes it, for the sums: there that is cheaper than for each of their rows."""
     WIDTH: gl.constexpr = x.shape[1]
-    x = x.to(rows.dtype.element_ty).reshape([64, WIDTH // 32, 4, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([64, WIDTH])
-    column = piece * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, x.type.layout))
-    here = (gl.convert_layout(at, gl.SliceLayout(1, x.type.layout)) * K)[:, None] + column[None, :]
-    real = gl.convert_layout(real, gl.SliceLayout(1, x.type.layout))
-    gl.store(rows + here, x, mask=real[:, None])
+    return x.reshape([64, WIDTH // 32, 4, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([64, WIDTH])
 
 
 def in_order(sums_CK: Tensor) -> Tensor:
-    """The columns of sums of rows of picks in their own order."""
+    """The columns of sums of rows of picks in their own order again."""
     return sums_CK.unflatten(1, (-1, 4, 4, 2)).transpose(2, 3).flatten(1)
 
 
@@ -451,7 +447,7 @@ def _sum_columns(s, rows, start, items, H, M, scale, W: gl.constexpr, K: gl.cons
                         tell(s.heads_read.index(W * OWN + p))
                     if p + 1 == OWN:
                         tell(s.pairs_read.index(W))
-                    _store_as_it_lies(out, at, real, W * OWN + p, landed, K)
+                    store(out, at, real, (W * OWN + p) * WIDTH, _as_it_lies(landed), K)
                     if p + 1 < OWN:
                         piece = _rows_of_picks(s, unknown_zero(tiles), W * OWN + p + 1, WIDTH)
             else:

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +42,8 @@ from torch.autograd.function import once_differentiable
 
 from leadline.ops.opaque import opaque
 
-WORKSPACE_BYTES = 384 * 2**20  # for the rows that picks contribute
+WORKSPACE_BYTES = 384 * 2**20  # for the rows that picks contribute, twice where chunks of queries overlap
+PICKS_SHARE = 10  # one of so many multiprocessors adds rows of picks while the others multiply the next chunk's
 PICKS_PER_SORT = 2**22  # another 128 MiB
 LOG2_E = math.log2(math.e)
 
@@ -579,6 +581,40 @@ def _forward(x: _Operands) -> tuple[Tensor, Tensor]:
     return o_THK, lse_TH
 
 
+class _Ahead:
+    """Work that runs ahead of those who use its results: while these read one of `turns` workspaces, the other one is
+    written, on a stream that is served first. On a CPU everything happens in turn."""
+
+    def __init__(self, device: torch.device):
+        self.user = self.stream = None
+        self.given_back: list[torch.cuda.Event] = []
+        if device.type == "cuda":
+            self.user, self.stream = torch.cuda.current_stream(device), torch.cuda.Stream(device, priority=-1)
+            self.stream.wait_stream(self.user)
+
+    @property
+    def turns(self) -> int:
+        return 1 if self.stream is None else 2
+
+    def turn(self, number: int) -> AbstractContextManager[Any]:
+        """Where the work number `number` is launched; it begins when its workspace was given back."""
+        if self.stream is None:
+            return nullcontext()
+        if number >= self.turns:
+            self.stream.wait_event(self.given_back[number - self.turns])
+        return torch.cuda.stream(self.stream)
+
+    def join(self) -> None:
+        """What is launched from here on uses the results of all turns so far."""
+        if self.user is not None and self.stream is not None:
+            self.user.wait_stream(self.stream)
+
+    def give_back(self) -> None:
+        """What was launched up to here has used them."""
+        if self.user is not None:
+            self.given_back.append(self.user.record_event())
+
+
 def _backward_queries(
     x: _Operands, o_THK: Tensor, lse_TH: Tensor, do_THK: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -591,6 +627,9 @@ def _backward_queries(
     if not for_hopper(x.q_THK):
         blocks = _blocks(x.q_THK, BACKWARD_QUERIES, x.most_queries)
     head_blocks = triton.cdiv(num_heads, 64 if blocks is None else blocks.heads)
+    programs = multiprocessors(x.q_THK.device)
+    if x.entries == "picked" and blocks is None:
+        programs -= programs // PICKS_SHARE
 
     def launch(start: int, stop: int, rows_tMBK: Tensor | None) -> None:
         operands = *vectors, *x.runs, lse_TH, *results, rows_tMBK, start
@@ -599,7 +638,7 @@ def _backward_queries(
             from leadline.ops.sparse_attention import hopper_backward
 
             items = (stop - start) * head_blocks
-            hopper_backward.sparse_attention_bwd_queries_hopper_kernel[(min(items, multiprocessors(x.q_THK.device)),)](
+            hopper_backward.sparse_attention_bwd_queries_hopper_kernel[(min(items, programs),)](
                 *operands, items, *sizes, K=width, ENTRIES=x.entries, num_warps=4
             )
         else:
@@ -616,14 +655,20 @@ def _backward_queries(
     dentries_CK = torch.zeros_like(x.entries_CK, dtype=torch.float32)
     row_bytes = head_blocks * x.num_picks * width * x.q_THK.element_size()
     chunk = max(1, min(num_queries, WORKSPACE_BYTES // row_bytes))
-    rounds = chunk // multiprocessors(x.q_THK.device)
+    rounds = chunk // programs
     if rounds:  # whole rounds of programs, so that none idles at the end of a chunk
-        chunk = rounds * multiprocessors(x.q_THK.device)
-    rows_tMBK = x.q_THK.new_empty((chunk, x.num_picks, head_blocks, width))
+        chunk = rounds * programs
     inverses = picks_of_entries(x.first_entry_T, x.picked_TM, len(dentries_CK), chunk)
-    for start, inverse in zip(range(0, num_queries, chunk), inverses, strict=True):
-        launch(start, min(start + chunk, num_queries), rows_tMBK)
+    ahead = _Ahead(x.q_THK.device if blocks is None else torch.device("cpu"))
+    workspaces = x.q_THK.new_empty((ahead.turns, chunk, x.num_picks, head_blocks, width))
+    for number, start in enumerate(range(0, num_queries, chunk)):
+        rows_tMBK = workspaces[number % ahead.turns]
+        with ahead.turn(number):
+            launch(start, min(start + chunk, num_queries), rows_tMBK)
+        inverse = next(inverses)
+        ahead.join()
         add_picks(rows_tMBK, inverse, dentries_CK)
+        ahead.give_back()
     if blocks is None:
         from leadline.ops.sparse_attention import hopper_backward
 
