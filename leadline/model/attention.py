@@ -39,7 +39,6 @@ from leadline.ops.decode_attention import decode_attention
 from leadline.ops.indexer_loss import indexer_loss, indexer_recall
 from leadline.ops.norm_rope import norm_rope
 from leadline.ops.rms_norm import rms_norm
-from leadline.ops.rope import rope, unrotate_
 from leadline.ops.sparse_attention import sparse_attention
 
 
@@ -120,10 +119,8 @@ class Attention(nn.Module):
         if index.lookup is None:
             assert isinstance(keys, Tensor)
             assert entries is None or isinstance(entries, Tensor)
-            o_THK, lse_TH = sparse_attention(q_THK, keys, entries, self.attn_sink, index.reach(self.ratio), picked_TM)
-            # In place only an eighth of the values moves; but a gradient needs the attention's output as it was.
-            o_THK = rope(o_THK, *rotation, inverse=True) if o_THK.requires_grad else unrotate_(o_THK, *rotation)
-            return o_THK, lse_TH
+            reach = index.reach(self.ratio)
+            return sparse_attention(q_THK, keys, entries, self.attn_sink, reach, picked_TM, rotation)
         assert not isinstance(keys, PackedIndex)
         assert not isinstance(entries, PackedIndex)
         rows_TM = index.lookup.entries_TP if self.ratio == HCA_RATIO else picked_TM

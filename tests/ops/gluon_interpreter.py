@@ -408,7 +408,15 @@ class Constant(float):
         return self
 
 
+class WholeConstant(int):
+    @property
+    def value(self) -> int:
+        return self
+
+
 def constexpr(value: Any) -> Any:
+    if isinstance(value, int):
+        return WholeConstant(value)
     return Constant(value) if isinstance(value, float) else SimpleNamespace(value=value)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from leadline.ops.dispatch import implementation
 from leadline.ops.reach import Reach
 from leadline.ops.rehearsal import rehearsal
+from leadline.ops.rope import frequencies, rotations
 from leadline.ops.sparse_attention import sparse_attention
 
 MODES = ["window", "entries", "picked"]
@@ -38,11 +39,18 @@ CASES = {
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy warns where a GPU writes an infinity
 
 
-def attend(case: Any, mode: str, q: Tensor, keys: Tensor, entries: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+def attend(
+    case: Any, mode: str, q: Tensor, keys: Tensor, entries: Tensor, sink: Tensor, rotary_width: int = 0
+) -> tuple[Tensor, Tensor]:
+    """rotary_width: of the values that are turned back in the output, if any."""
+    rotation = None
+    if rotary_width:
+        rotation = rotations(torch.arange(len(q), device=q.device) * 7, frequencies(rotary_width, 1e4).to(q.device))
     if mode == "window":
         reach = Reach(case.reach.lengths, case.reach.first_key_T, case.reach.last_key_T)
-        return sparse_attention(q, keys, None, sink, reach)
-    return sparse_attention(q, keys, entries, sink, case.reach, case.picked_TM if mode == "picked" else None)
+        return sparse_attention(q, keys, None, sink, reach, None, rotation)
+    picked_TM = case.picked_TM if mode == "picked" else None
+    return sparse_attention(q, keys, entries, sink, case.reach, picked_TM, rotation)
 
 
 def operands(case: Any, heads: int, width: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -52,17 +60,17 @@ def operands(case: Any, heads: int, width: int, dtype: torch.dtype = torch.float
     return [*vectors, torch.randn(heads, device=device)]
 
 
-def results(case: Any, mode: str, inputs: list[Tensor], do: Tensor) -> list[Tensor]:
+def results(case: Any, mode: str, inputs: list[Tensor], do: Tensor, rotary_width: int = 0) -> list[Tensor]:
     """o, lse and the gradients of q, keys, entries (none without entries) and sink."""
     leaves = [x.detach().requires_grad_(not (mode == "window" and place == 2)) for place, x in enumerate(inputs)]
-    o, lse = attend(case, mode, leaves[0], leaves[1], leaves[2], leaves[3])
+    o, lse = attend(case, mode, leaves[0], leaves[1], leaves[2], leaves[3], rotary_width)
     assert not lse.requires_grad
     return [o.detach(), lse, *torch.autograd.grad(o, [x for x in leaves if x.requires_grad], do.to(o.dtype))]
 
 
-def kernel_results(case: Any, mode: str, inputs: list[Tensor], do: Tensor) -> list[Tensor]:
+def kernel_results(case: Any, mode: str, inputs: list[Tensor], do: Tensor, rotary_width: int = 0) -> list[Tensor]:
     with implementation("kernel"):
-        return results(case, mode, inputs, do)
+        return results(case, mode, inputs, do, rotary_width)
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
@@ -72,13 +80,14 @@ def difference(found: Tensor, wanted: Tensor) -> float:
 
 
 def check(
-    case: Any, mode: str, heads: int, width: int, dtype: torch.dtype = torch.float32, bound: float = 1e-5
-) -> None:
+    case: Any, mode: str, heads: int, width: int, dtype: torch.dtype = torch.float32, bound: float = 1e-5,
+    rotary_width: int = 0,
+) -> None:  # fmt: skip
     inputs = operands(case, heads, width, dtype)
     do = torch.randn_like(inputs[0])
     with implementation("reference"):
-        wanted = results(case, mode, [x.double() for x in inputs], do.double())
-    found = kernel_results(case, mode, inputs, do)
+        wanted = results(case, mode, [x.double() for x in inputs], do.double(), rotary_width)
+    found = kernel_results(case, mode, inputs, do, rotary_width)
     names = ["o", "lse", "dq", "dkeys", *(["dentries"] if mode != "window" else []), "dsink"]
     for name, ours, theirs in zip(names, found, wanted, strict=True):
         assert ours.shape == theirs.shape
@@ -104,6 +113,13 @@ def test_interpreted(look_back: Callable[..., Any], name: str, mode: str) -> Non
 def test_shapes(look_back: Callable[..., Any], heads: int, width: int, mode: str) -> None:
     """Heads fewer than the rows of a product and more than those of a tile; widths that no chunk divides."""
     check(look_back([9, 3, 2], [0, 15, 0], 9, 4, 3), mode, heads, width)
+
+
+@interpreted
+@pytest.mark.interpret
+@pytest.mark.parametrize("mode", MODES)
+def test_turned_back(look_back: Callable[..., Any], mode: str) -> None:
+    check(look_back([9, 3, 2], [0, 15, 0], 9, 4, 3), mode, heads=3, width=16, rotary_width=6)
 
 
 @interpreted
@@ -312,6 +328,16 @@ def test_hopper_interpreted(look_back: Callable[..., Any], name: str, mode: str)
 def test_hopper_shapes(look_back: Callable[..., Any], heads: int, width: int, mode: str) -> None:
     """Two blocks of heads, and a block that is not full; several pieces of a row; several steps everywhere."""
     check(look_back([5, 1, 2], [290, 300, 0], 150, 2, 130), mode, heads, width)
+
+
+@interpreted
+@pytest.mark.interpret
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("rotary_width", [64, 32])
+@pytest.mark.parametrize("mode", MODES)
+def test_hopper_turned_back(look_back: Callable[..., Any], mode: str, rotary_width: int) -> None:
+    """By the width that the kernels know, and by one that is turned before them."""
+    check(look_back([5, 1, 2], [40, 300, 0], 15, 2, 13), mode, heads=33, width=128, rotary_width=rotary_width)
 
 
 @pytest.mark.interpret

@@ -44,6 +44,12 @@ def unrotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x
 
 
+def unrotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x with its last R values turned back, which may be x itself: in place only they move, an eighth of the values;
+    but a gradient needs what x was."""
+    return rope(x, cos, sin, inverse=True) if x.requires_grad else unrotate_(x, cos, sin)
+
+
 def rotations(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of position x frequency, FP32 [..., R/2]. The product stays FP32: bf16 is wrong beyond 256."""
     angles = positions.to(torch.float32)[..., None] * frequencies

@@ -103,11 +103,17 @@ def unknown_zero(count):
 
 
 @gluon.jit
-def copy(target, rows_R, real_R, first: gl.constexpr, full):
+def begin_copy(target, rows_R, real_R, first: gl.constexpr):
     """Begin to copy columns first, first + 1, ... of the rows that the pointers rows_R point to; a row that is not real
-    becomes zero. When they have landed, 128 threads arrive at `full`."""
+    becomes zero."""
     column = first + gl.arange(0, target.shape[1], gl.SliceLayout(0, COPY))
     async_copy.async_copy_global_to_shared(target, rows_R[:, None] + column[None, :], mask=real_R[:, None])
+
+
+@gluon.jit
+def copy(target, rows_R, real_R, first: gl.constexpr, full):
+    """`begin_copy`; when it has landed, 128 threads arrive at `full`."""
+    begin_copy(target, rows_R, real_R, first)
     async_copy.mbarrier_arrive(full, increment_count=False)
 
 

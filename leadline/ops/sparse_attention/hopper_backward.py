@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -30,6 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from leadline.ops.rope.kernel import rotate
 from leadline.ops.sparse_attention.hopper import (
     COPY,
     COPY_ROWS,
@@ -44,8 +46,8 @@ from leadline.ops.sparse_attention.hopper import (
     Sources,
     add_half,
     barrier,
+    begin_copy,
     copy,
-    fill,
     look,
     new_mbarriers,
     new_ring,
@@ -61,6 +63,8 @@ from leadline.ops.sparse_attention.hopper import (
     unknown_zero,
 )
 
+TAIL = gl.constexpr(64)  # columns
+
 
 @gluon.jit
 def _halves(products):
@@ -74,6 +78,20 @@ def _gradients(products, lse, inner, scale):
     q_products, do_products = _halves(products)
     weights = gl.exp2(q_products * scale - lse)
     return weights, weights * (do_products - inner[None, :]) * (scale * LN_2)
+
+
+@gluon.jit
+def _copy_heads(target, rows_R, tails_R, real_R, first: gl.constexpr, full, K: gl.constexpr):
+    """`copy` of columns first, first + 1, ... of rows of q and do. Their last TAIL columns, which a rotation of the
+    output turns, lie at pointers of their own."""
+    WIDTH: gl.constexpr = target.shape[1]
+    for at in gl.static_range(0, WIDTH, TAIL):
+        part = target.slice(at, TAIL, 1)
+        if first + at + TAIL < K:
+            begin_copy(part, rows_R, real_R, first + at)
+        else:
+            begin_copy(part, tails_R, real_R, 0)
+    async_copy.mbarrier_arrive(full, increment_count=False)
 
 
 class Columns(NamedTuple):
@@ -96,7 +114,7 @@ class Part(NamedTuple):
 
 
 @gluon.jit
-def _load_rows(s, q_THK, do_THK, vectors_XK, part, H, X, K: gl.constexpr):
+def _load_rows(s, q_THK, do_THK, tail_THR, stride, vectors_XK, part, H, X, K: gl.constexpr):
     """The loader of `bwd_columns`."""
     row = gl.arange(0, 64, COPY_ROWS)
     block_R = vectors_XK + part.block * K + row * K
@@ -105,10 +123,17 @@ def _load_rows(s, q_THK, do_THK, vectors_XK, part, H, X, K: gl.constexpr):
         copy(target, block_R, part.block + row < X, h * (K // 2), s.block_loaded.index(0))
     blocks = gl.cdiv(H, 32)
     rows_R = gl.where(row < 32, q_THK, do_THK) + row % 32 * K
+    stride_R = gl.where(row < 32, K, stride)
+    tails_R = gl.where(row < 32, q_THK, tail_THR) + row % 32 * stride_R + (stride_R - TAIL)
     for step in range(0, part.steps):
         t, head = part.low + step // blocks, step % blocks * 32
         heads = gl.where(t < part.high, gl.minimum(H - head, 32), 0)
-        fill(s.ring, step % 2, step // 2, rows_R + (t * H + head) * K, row % 32 < heads, K)
+        first, b = t * H + head, step % 2
+        for h in gl.static_range(2):
+            mbarrier.wait(s.ring.empty.index(2 * b + h), (step // 2 + 1) & 1)
+            half = s.ring.tiles.index(b).slice(h * (K // 2), K // 2, 1)
+            full = s.ring.full.index(2 * b + h)
+            _copy_heads(half, rows_R + first * K, tails_R + first * stride_R, row % 32 < heads, h * (K // 2), full, K)
 
 
 @gluon.jit
@@ -168,13 +193,14 @@ def _sum_rows(
 
 @gluon.jit(do_not_specialize=["T", "X", "part"])
 def sparse_attention_bwd_columns_hopper_kernel(
-    q_THK, do_THK, vectors_XK, lse_TH, inner_TH, first_T, last_T, start_X, stop_X,
+    q_THK, do_THK, tail_THR, stride, vectors_XK, lse_TH, inner_TH, first_T, last_T, start_X, stop_X,
     dvectors_SXK, T, H, X, part, scale,
     K: gl.constexpr,
 ):  # fmt: skip
     """Gradient of 64 columns from queries s part to (s + 1) part - 1, where s is the second program index.
 
     Query t sees the columns first_T[t] to last_T[t]; column x is seen by none but queries start_X[x] to stop_X[x] - 1.
+    tail_THR: where the last columns of do are, at the end of rows of `stride` values.
     """
     dtype: gl.constexpr = q_THK.dtype.element_ty
     s = Columns(
@@ -200,7 +226,7 @@ def sparse_attention_bwd_columns_hopper_kernel(
         [
             (_sum_rows, (s, here, lse_TH, inner_TH, first_T, last_T, dvectors_XK, H, X, scale, 0, K)),
             (_sum_rows, (s, here, lse_TH, inner_TH, first_T, last_T, dvectors_XK, H, X, scale, 1, K)),
-            (_load_rows, (s, q_THK, do_THK, vectors_XK, here, H, X, K)),
+            (_load_rows, (s, q_THK, do_THK, tail_THR, stride, vectors_XK, here, H, X, K)),
         ],
         [4, 4],
         [MULTIPLIER_REGISTERS, LOADER_REGISTERS],
@@ -239,6 +265,8 @@ class Rows(NamedTuple):
 
     q_THK: Any
     do_THK: Any
+    tail_THR: Any
+    stride: Any
     o_THK: Any
     lse_TH: Any
     dq_THK: Any
@@ -292,13 +320,17 @@ def _load_columns(s, rows, sources, start, items, H, K: gl.constexpr, ENTRIES: g
             tiles += 1
             if step == 0:
                 # Behind the columns, which need not wait until the last query has gone.
-                heads_R = gl.where(row < 32, rows.q_THK, rows.do_THK) + (t * H + head) * K + row % 32 * K
+                first = t * H + head + row % 32
+                heads_R = gl.where(row < 32, rows.q_THK, rows.do_THK) + first * K
+                stride = gl.where(row < 32, K, rows.stride)
+                tails_R = gl.where(row < 32, rows.q_THK, rows.tail_THR) + first * stride + (stride - TAIL)
                 for p in gl.static_range(_pieces(K)):
                     mbarrier.wait(s.heads_read.index(p), (count + 1) & 1)
                     for r in gl.static_range(2):
                         target = s.heads.index(0).slice(64 * r, 64, 0).slice(p * WIDTH, WIDTH, 1)
                         real = head + 32 * r + row % 32 < H
-                        copy(target, heads_R + 32 * r * K, real, p * WIDTH, s.heads_loaded.index(p))
+                        heads, tails = heads_R + 32 * r * K, tails_R + 32 * r * stride
+                        _copy_heads(target, heads, tails, real, p * WIDTH, s.heads_loaded.index(p), K)
                 if ENTRIES != "picked":
                     _prefetch_heads(rows, item + gl.num_programs(0), start, items, H, K)
         if ENTRIES == "picked":
@@ -407,6 +439,16 @@ def _as_it_lies(x):
     return x.reshape([64, WIDTH // 32, 4, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([64, WIDTH])
 
 
+def tails(do_THK: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor | None:
+    """Where the scores find the last columns of do when o was turned back by `rotation`: turned forth, or in do itself
+    without a rotation. None for a rotation of another width."""
+    if rotation is None:
+        return do_THK
+    if 2 * rotation[0].shape[1] != TAIL.value:
+        return None
+    return rotate(do_THK[..., -TAIL.value :].contiguous(), *rotation, False)
+
+
 def in_order(sums_CK: Tensor) -> Tensor:
     """The columns of sums of rows of picks in their own order again."""
     return sums_CK.unflatten(1, (-1, 4, 4, 2)).transpose(2, 3).flatten(1)
@@ -465,11 +507,12 @@ def _sum_columns(s, rows, start, items, H, M, scale, W: gl.constexpr, K: gl.cons
 
 @gluon.jit(do_not_specialize=["start"])
 def sparse_attention_bwd_queries_hopper_kernel(
-    q_THK, do_THK, o_THK, keys_XK, entries_CK, picked_TM, first_key_T, last_key_T, first_entry_T, visible_T, lse_TH,
+    q_THK, do_THK, tail_THR, stride, o_THK, keys_XK, entries_CK, picked_TM, first_key_T, last_key_T, first_entry_T, visible_T, lse_TH,
     dq_THK, inner_TH, rows_tMBK, start, items, H, M, scale,
     K: gl.constexpr, ENTRIES: gl.constexpr,
 ):  # fmt: skip
-    """dq and inner = do . o. items: queries from `start` on x blocks of 64 heads. With picks also `rows`: what each
+    """dq and inner = do . o, which a rotation of both does not change. tail_THR: where
+    the scores find the last columns of do, at the end of rows of `stride` values. items: queries from `start` on x blocks of 64 heads. With picks also `rows`: what each
     pick contributes to the gradient of its entry, summed over 64 heads; B blocks of heads."""
     dtype: gl.constexpr = q_THK.dtype.element_ty
     PLACES: gl.constexpr = _places(K, ENTRIES)
@@ -494,7 +537,7 @@ def sparse_attention_bwd_queries_hopper_kernel(
     )
     barrier()
     sources = Sources(keys_XK, entries_CK, picked_TM, first_key_T, last_key_T, first_entry_T, visible_T, M)
-    rows = Rows(q_THK, do_THK, o_THK, lse_TH, dq_THK, inner_TH, rows_tMBK)
+    rows = Rows(q_THK, do_THK, tail_THR, stride, o_THK, lse_TH, dq_THK, inner_TH, rows_tMBK)
     gl.warp_specialize(
         [
             (_sum_columns, (s, rows, start, items, H, M, scale, 0, K, ENTRIES)),
@@ -502,5 +545,5 @@ def sparse_attention_bwd_queries_hopper_kernel(
             (_load_columns, (s, rows, sources, start, items, H, K, ENTRIES)),
         ],
         [4, 4],
-        [232, 40],  # two sums in registers
+        [232, 48],  # two sums in registers
     )

@@ -41,6 +41,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from leadline.ops.opaque import opaque
+from leadline.ops.rope.kernel import rotate, unrotate
 
 WORKSPACE_BYTES = 384 * 2**20  # for the rows that picks contribute, twice where chunks of queries overlap
 PICKS_SHARE = 10  # one of so many multiprocessors adds rows of picks while the others multiply the next chunk's
@@ -523,6 +524,7 @@ class _Operands(NamedTuple):
     visible_T: Tensor | None
     num_sequences: int
     picked_TM: Tensor | None
+    rotation: tuple[Tensor, Tensor] | None
 
     @property
     def entries(self) -> str:
@@ -615,13 +617,36 @@ class _Ahead:
             self.given_back.append(self.user.record_event())
 
 
-def _backward_queries(
-    x: _Operands, o_THK: Tensor, lse_TH: Tensor, do_THK: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
+class _Results(NamedTuple):
+    """What the forward gave, o and lse, and the gradient of o. tail_THR: where the Hopper kernels find the last columns
+    of that, at the end of rows of so many values. o and do may both be turned back, which does not change do . o."""
+
+    o_THK: Tensor
+    lse_TH: Tensor
+    do_THK: Tensor
+    tail_THR: Tensor
+
+    @classmethod
+    def of(cls, x: _Operands, o_THK: Tensor, lse_TH: Tensor, do_THK: Tensor) -> _Results:
+        do_THK, tail_THR = do_THK.contiguous(), None
+        if for_hopper(x.q_THK):
+            from leadline.ops.sparse_attention import hopper_backward
+
+            tail_THR = hopper_backward.tails(do_THK, x.rotation)
+        if tail_THR is None and x.rotation is not None:
+            o_THK, do_THK = rotate(o_THK, *x.rotation, False), rotate(do_THK, *x.rotation, False)
+        return cls(o_THK, lse_TH, do_THK, do_THK if tail_THR is None else tail_THR)
+
+    @property
+    def tail(self) -> tuple[Tensor, int]:
+        return self.tail_THR, self.tail_THR.shape[2]
+
+
+def _backward_queries(x: _Operands, y: _Results) -> tuple[Tensor, Tensor, Tensor | None]:
     """dq, inner = do . o, and of picked entries the gradients, FP32 [C, K]."""
     num_queries, num_heads, width = x.q_THK.shape
-    dq_THK, inner_TH = torch.empty_like(x.q_THK), torch.empty_like(lse_TH)
-    vectors = x.q_THK, do_THK, o_THK, x.keys_XK, x.entries_CK, x.picked_TM
+    dq_THK, inner_TH = torch.empty_like(x.q_THK), torch.empty_like(y.lse_TH)
+    columns = x.keys_XK, x.entries_CK, x.picked_TM
     results = dq_THK, inner_TH
     blocks = None
     if not for_hopper(x.q_THK):
@@ -632,18 +657,18 @@ def _backward_queries(
         programs -= programs // PICKS_SHARE
 
     def launch(start: int, stop: int, rows_tMBK: Tensor | None) -> None:
-        operands = *vectors, *x.runs, lse_TH, *results, rows_tMBK, start
+        operands = y.o_THK, *columns, *x.runs, y.lse_TH, *results, rows_tMBK, start
         sizes = num_heads, x.num_picks, x.scale
         if blocks is None:
             from leadline.ops.sparse_attention import hopper_backward
 
             items = (stop - start) * head_blocks
             hopper_backward.sparse_attention_bwd_queries_hopper_kernel[(min(items, programs),)](
-                *operands, items, *sizes, K=width, ENTRIES=x.entries, num_warps=4
+                x.q_THK, y.do_THK, *y.tail, *operands, items, *sizes, K=width, ENTRIES=x.entries, num_warps=4
             )
         else:
             sparse_attention_bwd_queries_kernel[(blocks.programs(stop - start, num_heads),)](
-                *operands, stop, *sizes, K=width, ENTRIES=x.entries, **blocks.options
+                x.q_THK, y.do_THK, *operands, stop, *sizes, K=width, ENTRIES=x.entries, **blocks.options
             )
 
     if x.entries != "picked":
@@ -677,7 +702,7 @@ def _backward_queries(
 
 
 def _backward_columns(
-    x: _Operands, do_THK: Tensor, lse_TH: Tensor, inner_TH: Tensor,
+    x: _Operands, y: _Results, inner_TH: Tensor,
     vectors_XK: Tensor, runs: tuple[Tensor, Tensor], queries: tuple[Tensor, Tensor],
 ) -> Tensor:  # fmt: skip
     """Gradient of the window keys or of the entries, in their dtype. runs: first and last row that each query sees.
@@ -689,16 +714,18 @@ def _backward_columns(
     parts = 1 if vectors_XK is x.keys_XK else _parts(x, programs)
     dtype = vectors_XK.dtype if parts == 1 else torch.float32
     dvectors_SXK = vectors_XK.new_empty((parts, num_columns, width), dtype=dtype)
-    operands = x.q_THK, do_THK, vectors_XK, lse_TH, inner_TH, *runs, *queries, dvectors_SXK
+    operands = vectors_XK, y.lse_TH, inner_TH, *runs, *queries, dvectors_SXK
     sizes = num_queries, num_heads, num_columns, triton.cdiv(num_queries, parts), x.scale
     if blocks is None:
         from leadline.ops.sparse_attention import hopper_backward
 
         hopper_backward.sparse_attention_bwd_columns_hopper_kernel[(programs, parts)](
-            *operands, *sizes, K=width, num_warps=4
+            x.q_THK, y.do_THK, *y.tail, *operands, *sizes, K=width, num_warps=4
         )
     else:
-        sparse_attention_bwd_columns_kernel[(programs, parts)](*operands, *sizes, K=width, **blocks.options)
+        sparse_attention_bwd_columns_kernel[(programs, parts)](
+            x.q_THK, y.do_THK, *operands, *sizes, K=width, **blocks.options
+        )
     return dvectors_SXK[0] if parts == 1 else dvectors_SXK.sum(0).to(vectors_XK.dtype)
 
 
@@ -712,11 +739,12 @@ def _parts(x: _Operands, programs: int) -> int:
 def _operands(
     q_THK: Tensor, keys_XK: Tensor, entries_CK: Tensor | None, sink_H: Tensor,
     first_key_T: Tensor, last_key_T: Tensor, first_entry_T: Tensor | None, visible_T: Tensor | None,
-    num_sequences: int, picked_TM: Tensor | None,
+    num_sequences: int, picked_TM: Tensor | None, cos_TR: Tensor | None, sin_TR: Tensor | None,
 ) -> _Operands:  # fmt: skip
+    rotation = None if cos_TR is None or sin_TR is None else (cos_TR.contiguous(), sin_TR.contiguous())
     tensors = q_THK, keys_XK, entries_CK, sink_H, first_key_T, last_key_T, first_entry_T, visible_T, picked_TM
     *most, last = (None if x is None else x.contiguous() for x in tensors)
-    return _Operands(*most, num_sequences, last)
+    return _Operands(*most, num_sequences, last, rotation)
 
 
 def _empty_results(q_THK: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -727,11 +755,15 @@ def _empty_results(q_THK: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def forward(
     q_THK: Tensor, keys_XK: Tensor, entries_CK: Tensor | None, sink_H: Tensor,
     first_key_T: Tensor, last_key_T: Tensor, first_entry_T: Tensor | None, visible_T: Tensor | None,
-    num_sequences: int, picked_TM: Tensor | None,
+    num_sequences: int, picked_TM: Tensor | None, cos_TR: Tensor | None, sin_TR: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """o and lse."""
+    """o, turned back if there is a rotation, and lse."""
     runs = first_key_T, last_key_T, first_entry_T, visible_T
-    return _forward(_operands(q_THK, keys_XK, entries_CK, sink_H, *runs, num_sequences, picked_TM))
+    x = _operands(q_THK, keys_XK, entries_CK, sink_H, *runs, num_sequences, picked_TM, cos_TR, sin_TR)
+    o_THK, lse_TH = _forward(x)
+    if x.rotation is not None:
+        unrotate(o_THK, *x.rotation)
+    return o_THK, lse_TH
 
 
 def _empty_gradients(_do: Tensor, _o: Tensor, _lse: Tensor, *operands: Any) -> list[Tensor]:
@@ -743,17 +775,17 @@ def backward(
     do_THK: Tensor, o_THK: Tensor, lse_TH: Tensor,
     q_THK: Tensor, keys_XK: Tensor, entries_CK: Tensor | None, sink_H: Tensor,
     first_key_T: Tensor, last_key_T: Tensor, first_entry_T: Tensor | None, visible_T: Tensor | None,
-    num_sequences: int, picked_TM: Tensor | None,
+    num_sequences: int, picked_TM: Tensor | None, cos_TR: Tensor | None, sin_TR: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, keys, entries unless there are none, and sink, each in its dtype."""
     runs = first_key_T, last_key_T, first_entry_T, visible_T
-    x = _operands(q_THK, keys_XK, entries_CK, sink_H, *runs, num_sequences, picked_TM)
-    do_THK = do_THK.contiguous()
-    dq_THK, inner_TH, dpicked_CK = _backward_queries(x, o_THK, lse_TH, do_THK)
+    x = _operands(q_THK, keys_XK, entries_CK, sink_H, *runs, num_sequences, picked_TM, cos_TR, sin_TR)
+    y = _Results.of(x, o_THK, lse_TH, do_THK)
+    dq_THK, inner_TH, dpicked_CK = _backward_queries(x, y)
     dsink_H = -(torch.exp(x.sink_H - lse_TH) * inner_TH).sum(0)
     window = x.first_key_T, x.last_key_T
     queries = queries_of_keys(*window, len(keys_XK))
-    dkeys_XK = _backward_columns(x, do_THK, lse_TH, inner_TH, x.keys_XK, window, queries)
+    dkeys_XK = _backward_columns(x, y, inner_TH, x.keys_XK, window, queries)
     if x.entries_CK is None:
         return [dq_THK, dkeys_XK, dsink_H]
     dentries_CK = torch.zeros_like(x.entries_CK)
@@ -764,7 +796,7 @@ def backward(
         assert x.visible_T is not None
         seen = x.first_entry_T, x.first_entry_T + x.visible_T - 1
         queries = queries_of_entries(x.first_entry_T, x.visible_T, len(x.entries_CK))
-        dentries_CK = _backward_columns(x, do_THK, lse_TH, inner_TH, x.entries_CK, seen, queries)
+        dentries_CK = _backward_columns(x, y, inner_TH, x.entries_CK, seen, queries)
     return [dq_THK, dkeys_XK, dentries_CK, dsink_H]
 
 
@@ -784,10 +816,13 @@ class SparseAttentionKernel(torch.autograd.Function):
         visible_T: Tensor | None,
         num_sequences: int,
         picked_TM: Tensor | None,
+        cos_TR: Tensor | None,
+        sin_TR: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         tensors = q_THK, keys_XK, entries_CK, sink_H, first_key_T, last_key_T, first_entry_T, visible_T
-        o_THK, lse_TH = forward(*tensors, num_sequences, picked_TM)
-        ctx.save_for_backward(o_THK, lse_TH, *tensors, picked_TM)
+        rest = picked_TM, cos_TR, sin_TR
+        o_THK, lse_TH = forward(*tensors, num_sequences, *rest)
+        ctx.save_for_backward(o_THK, lse_TH, *tensors, *rest)
         ctx.num_sequences = num_sequences
         ctx.mark_non_differentiable(lse_TH)
         return o_THK, lse_TH
@@ -795,8 +830,8 @@ class SparseAttentionKernel(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do_THK: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-        o_THK, lse_TH, *tensors, picked_TM = ctx.saved_tensors
+        o_THK, lse_TH, *tensors, picked_TM, cos_TR, sin_TR = ctx.saved_tensors
         dq_THK, dkeys_XK, *dentries_CK, dsink_H = backward(
-            do_THK, o_THK, lse_TH, *tensors, ctx.num_sequences, picked_TM
+            do_THK, o_THK, lse_TH, *tensors, ctx.num_sequences, picked_TM, cos_TR, sin_TR
         )
-        return dq_THK, dkeys_XK, dentries_CK[0] if dentries_CK else None, dsink_H, *((None,) * 6)
+        return dq_THK, dkeys_XK, dentries_CK[0] if dentries_CK else None, dsink_H, *((None,) * 8)
