@@ -136,23 +136,40 @@ def _load_rows(s, q_THK, do_THK, tail_THR, stride, vectors_XK, part, H, X, K: gl
             _copy_heads(half, rows_R + first * K, tails_R + first * stride_R, row % 32 < heads, h * (K // 2), full, K)
 
 
+class Known(NamedTuple):
+    """What is known of the 32 heads of a query in a tile: log of the denominator in units of log 2, inner product, and
+    the first and last column that the query sees."""
+
+    lse: Any
+    inner: Any
+    first: Any
+    last: Any
+
+
 @gluon.jit
-def _own_rows(
-    s, sums, part, step, lse_TH, inner_TH, first_T, last_T, H, scale, W: gl.constexpr, K: gl.constexpr
-):  # fmt: skip
-    """A tile of this multiplier."""
-    products = scores(s.block, s.ring, step // 2, W, K)
+def _known_of_rows(part, step, lse_TH, inner_TH, first_T, last_T, H):
+    """What is known of a tile; loaded long before it is needed."""
     HALF: gl.constexpr = _halves(gl.zeros([64, 64], gl.float32, PRODUCT))[0].type.layout
-    x = part.block + gl.arange(0, 64, gl.SliceLayout(1, HALF))
     h = gl.arange(0, 32, gl.SliceLayout(0, HALF))
     blocks = gl.cdiv(H, 32)
     t, head = part.low + step // blocks, step % blocks * 32
     real = (head + h < H) & (t < part.high)
-    lse = gl.load(lse_TH + (t * H + head) + h, mask=real, other=0.0) * LOG2_E
-    inner = gl.load(inner_TH + (t * H + head) + h, mask=real, other=0.0)
-    first = gl.load(first_T + t, mask=t < part.high, other=1)
-    last = gl.load(last_T + t, mask=t < part.high, other=0)
-    seen = ((x >= first) & (x <= last))[:, None]
+    return Known(
+        gl.load(lse_TH + (t * H + head) + h, mask=real, other=0.0),
+        gl.load(inner_TH + (t * H + head) + h, mask=real, other=0.0),
+        gl.load(first_T + t, mask=t < part.high, other=1),
+        gl.load(last_T + t, mask=t < part.high, other=0),
+    )
+
+
+@gluon.jit
+def _own_rows(s, sums, part, step, known, scale, W: gl.constexpr, K: gl.constexpr):
+    """A tile of this multiplier."""
+    products = scores(s.block, s.ring, step // 2, W, K)
+    HALF: gl.constexpr = _halves(gl.zeros([64, 64], gl.float32, PRODUCT))[0].type.layout
+    x = part.block + gl.arange(0, 64, gl.SliceLayout(1, HALF))
+    seen = ((x >= known.first) & (x <= known.last))[:, None]
+    lse, inner = known.lse * LOG2_E, known.inner
     weights, gradients = _gradients(warpgroup_mma_wait(0, [products]), lse[None, :], inner, scale)
     # What is not seen may hold anything.
     s.pairs.index(W).slice(0, 32, 1).store(gl.where(seen, gradients, 0.0).to(s.pairs.dtype))
@@ -178,15 +195,18 @@ def _sum_rows(
     OUT: gl.constexpr = gl.SliceLayout(1, rows_layout(K // 2))
     sums = gl.zeros([64, K // 2], gl.float32, SUM)
     mbarrier.wait(s.block_loaded.index(0), 0)
+    known = _known_of_rows(part, W, lse_TH, inner_TH, first_T, last_T, H)
     for step in range(0, part.steps, 2):
         if W == 0:
-            sums = _own_rows(s, sums, part, step, lse_TH, inner_TH, first_T, last_T, H, scale, W, K)
+            sums = _own_rows(s, sums, part, step, known, scale, W, K)
+            known = _known_of_rows(part, step + 2, lse_TH, inner_TH, first_T, last_T, H)
             if step + 1 < part.steps:
                 sums = _other_rows(s, sums, step + 1, W, K)
         else:
             sums = _other_rows(s, sums, step, W, K)
             if step + 1 < part.steps:
-                sums = _own_rows(s, sums, part, step + 1, lse_TH, inner_TH, first_T, last_T, H, scale, W, K)
+                sums = _own_rows(s, sums, part, step + 1, known, scale, W, K)
+                known = _known_of_rows(part, step + 3, lse_TH, inner_TH, first_T, last_T, H)
     x = part.block + gl.arange(0, 64, OUT)
     store(dvectors_XK, x, x < X, W * (K // 2), sums, K)
 
