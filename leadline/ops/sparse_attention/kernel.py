@@ -585,36 +585,40 @@ def _forward(x: _Operands) -> tuple[Tensor, Tensor]:
 
 class _Ahead:
     """Work that runs ahead of those who use its results: while these read one of `turns` workspaces, the other one is
-    written, on a stream that is served first. On a CPU everything happens in turn."""
+    written. Both are on streams that are served first. They are two so that the next turn is in line, before the users,
+    when the last one ends: users in many small programs would keep it from whole multiprocessors for long. On a CPU
+    everything happens in turn."""
 
     def __init__(self, device: torch.device):
-        self.user = self.stream = None
-        self.given_back: list[torch.cuda.Event] = []
+        self.user, self.streams, self.given_back = None, [], [None, None]
         if device.type == "cuda":
-            self.user, self.stream = torch.cuda.current_stream(device), torch.cuda.Stream(device, priority=-1)
-            self.stream.wait_stream(self.user)
+            self.user = torch.cuda.current_stream(device)
+            self.streams = [torch.cuda.Stream(device, priority=-1) for _ in range(2)]
+            for stream in self.streams:
+                stream.wait_stream(self.user)
 
     @property
     def turns(self) -> int:
-        return 1 if self.stream is None else 2
+        return max(1, len(self.streams))
 
-    def turn(self, number: int) -> AbstractContextManager[Any]:
-        """Where the work number `number` is launched; it begins when its workspace was given back."""
-        if self.stream is None:
+    def turn(self, place: int) -> AbstractContextManager[Any]:
+        """Where work for the workspace `place` is launched; it begins when that was given back."""
+        if self.user is None:
             return nullcontext()
-        if number >= self.turns:
-            self.stream.wait_event(self.given_back[number - self.turns])
-        return torch.cuda.stream(self.stream)
+        given_back = self.given_back[place]
+        if given_back is not None:
+            self.streams[place].wait_event(given_back)
+        return torch.cuda.stream(self.streams[place])
 
-    def join(self) -> None:
-        """What is launched from here on uses the results of all turns so far."""
-        if self.user is not None and self.stream is not None:
-            self.user.wait_stream(self.stream)
-
-    def give_back(self) -> None:
-        """What was launched up to here has used them."""
+    def join(self, place: int) -> None:
+        """What is launched from here on uses what is in the workspace."""
         if self.user is not None:
-            self.given_back.append(self.user.record_event())
+            self.user.wait_stream(self.streams[place])
+
+    def give_back(self, place: int) -> None:
+        """What was launched up to here has used it."""
+        if self.user is not None:
+            self.given_back[place] = self.user.record_event()
 
 
 class _Results(NamedTuple):
@@ -687,13 +691,13 @@ def _backward_queries(x: _Operands, y: _Results) -> tuple[Tensor, Tensor, Tensor
     ahead = _Ahead(x.q_THK.device if blocks is None else torch.device("cpu"))
     workspaces = x.q_THK.new_empty((ahead.turns, chunk, x.num_picks, head_blocks, width))
     for number, start in enumerate(range(0, num_queries, chunk)):
-        rows_tMBK = workspaces[number % ahead.turns]
-        with ahead.turn(number):
-            launch(start, min(start + chunk, num_queries), rows_tMBK)
+        place = number % ahead.turns
+        with ahead.turn(place):
+            launch(start, min(start + chunk, num_queries), workspaces[place])
         inverse = next(inverses)
-        ahead.join()
-        add_picks(rows_tMBK, inverse, dentries_CK)
-        ahead.give_back()
+        ahead.join(place)
+        add_picks(workspaces[place], inverse, dentries_CK)
+        ahead.give_back(place)
     if blocks is None:
         from leadline.ops.sparse_attention import hopper_backward
 
