@@ -269,6 +269,8 @@ def test_inverse_lists(look_back: Callable[..., Any], data: st.DataObject) -> No
             assert torch.equal(picks // num_picks, sees_t.nonzero().flatten())
 
 
+@interpreted
+@pytest.mark.interpret
 def test_slots_in_any_order() -> None:
     """Sequences whose entries stand in another order than the sequences, with rows of nobody between."""
     from leadline.ops.sparse_attention.kernel import queries_of_entries

@@ -450,27 +450,43 @@ def queries_of_keys(first_key_T: Tensor, last_key_T: Tensor, num_keys: int) -> t
     return torch.searchsorted(last_key_T, x_X), torch.searchsorted(first_key_T, x_X, right=True)
 
 
+@triton.jit(do_not_specialize=["T"])
+def sparse_attention_seen_kernel(
+    first_entry_T, visible_T, start_C, stop_C, T, QUERIES: tl.constexpr, ENTRIES: tl.constexpr
+):  # fmt: skip
+    """Each query writes to the entries which it is the first or the last of its run to see; all others have one too."""
+    t_T = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
+    real_T = t_T < T
+    own_T, visible = tl.load(first_entry_T + t_T, mask=real_T, other=-1), tl.load(visible_T + t_T, mask=real_T, other=0)
+    follows_T = real_T & (t_T > 0)
+    follows_T = follows_T & (tl.load(first_entry_T + t_T - 1, mask=follows_T, other=-1) == own_T)
+    before_T = tl.load(visible_T + t_T - 1, mask=follows_T, other=0)
+    goes_on_T = t_T + 1 < T
+    goes_on_T = goes_on_T & (tl.load(first_entry_T + t_T + 1, mask=goes_on_T, other=-1) == own_T)
+    number_E = tl.arange(0, ENTRIES)
+    t_TE = tl.broadcast_to(t_T[:, None], (QUERIES, ENTRIES))
+    for at in range(0, tl.max(visible - before_T), ENTRIES):
+        entry_TE = before_T[:, None] + at + number_E[None, :]
+        tl.store(start_C + own_T[:, None] + entry_TE, t_TE, mask=entry_TE < visible[:, None])
+    visible = tl.where(goes_on_T, 0, visible)
+    for at in range(0, tl.max(visible), ENTRIES):
+        entry_TE = at + tl.broadcast_to(number_E[None, :], (QUERIES, ENTRIES))
+        tl.store(stop_C + own_T[:, None] + entry_TE, t_TE + 1, mask=entry_TE < visible[:, None])
+
+
 def queries_of_entries(first_entry_T: Tensor, visible_T: Tensor, num_entries: int) -> tuple[Tensor, Tensor]:
     """The run of queries that see each entry when all visible ones are seen; as `queries_of_keys`, empty for an entry
     that none sees.
 
     Queries with the same first entry form a run, in which ever more entries become visible; the entries of two runs do
-    not overlap. Everything stays on the device, so the arrays by run are as long as there could be runs.
+    not overlap.
     """
-    t_T = torch.arange(len(visible_T), device=visible_T.device)
-    c_C = torch.arange(num_entries, device=visible_T.device)
-    run_T = torch.cat([t_T[:1], (first_entry_T.diff() != 0).cumsum(0)])
-    stop_N = torch.searchsorted(run_T, t_T, right=True)
-    seen_N = torch.where(stop_N > torch.searchsorted(run_T, t_T), visible_T[stop_N - 1], 0)
-    first_N = torch.where(seen_N > 0, first_entry_T[stop_N - 1], num_entries)
-    first_N, order_N = torch.sort(first_N, stable=True)
-    run_C = order_N[(torch.searchsorted(first_N, c_C, right=True) - 1).clamp_min(0)]
-    number_C = c_C - first_entry_T[stop_N[run_C] - 1]
-    seen_C = (number_C >= 0) & (number_C < seen_N[run_C])
-    # Run and visible entries in one number that never falls from one query to the next.
-    seen_T, wanted_C = run_T * (num_entries + 1) + visible_T, run_C * (num_entries + 1) + number_C
-    start_C = torch.searchsorted(seen_T, wanted_C, right=True)
-    return start_C, torch.where(seen_C, stop_N[run_C], 0)
+    start_C, stop_C = first_entry_T.new_zeros((2, num_entries))
+    queries = 16
+    sparse_attention_seen_kernel[(triton.cdiv(len(visible_T), queries),)](
+        first_entry_T, visible_T, start_C, stop_C, len(visible_T), QUERIES=queries, ENTRIES=64, num_warps=4
+    )
+    return start_C, stop_C
 
 
 class Inverse(NamedTuple):
