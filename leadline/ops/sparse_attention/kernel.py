@@ -45,7 +45,7 @@ from leadline.ops.rope.kernel import rotate, unrotate
 
 WORKSPACE_BYTES = 384 * 2**20  # for the rows that picks contribute, twice where chunks of queries overlap
 PICKS_SHARE = 10  # one of so many multiprocessors adds rows of picks while the others multiply the next chunk's
-PICKS_PER_SORT = 2**22  # another 128 MiB
+PICKS_PER_SORT = 2**20  # so many keep a card busy, and the first ones are soon sorted
 LOG2_E = math.log2(math.e)
 
 
@@ -504,11 +504,12 @@ def picks_of_entries(first_entry_T: Tensor, picked_TM: Tensor, num_entries: int,
     num_queries, num_picks = picked_TM.shape
     batch = max(1, PICKS_PER_SORT // (chunk * num_picks)) * chunk
     for start in range(0, num_queries, batch):
-        picked_tM, first_entry_t1 = picked_TM[start : start + batch], first_entry_T[start : start + batch, None]
-        entry_tM = torch.where(picked_tM >= 0, first_entry_t1 + picked_tM, num_entries)
+        picked_tM = picked_TM[start : start + batch].to(torch.int32)
         number_t1 = torch.arange(len(picked_tM), device=picked_TM.device)[:, None] // chunk
-        key_P = (number_t1 * (num_entries + 1) + entry_tM).to(torch.int32).flatten()
-        key_P, order_P = torch.sort(key_P, stable=True)
+        base_t1 = number_t1 * (num_entries + 1)
+        first_entry_t1 = (base_t1 + first_entry_T[start : start + batch, None]).to(torch.int32)
+        key_tM = torch.where(picked_tM >= 0, first_entry_t1 + picked_tM, (base_t1 + num_entries).to(torch.int32))
+        key_P, order_P = torch.sort(key_tM.flatten(), stable=True)
         chunks = triton.cdiv(len(picked_tM), chunk)
         keys = torch.arange(chunks * (num_entries + 1), dtype=torch.int32, device=picked_TM.device)
         first_NC = torch.searchsorted(key_P, keys).view(chunks, num_entries + 1)
