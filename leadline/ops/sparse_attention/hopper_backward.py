@@ -44,19 +44,16 @@ from leadline.ops.sparse_attention.hopper import (
     SHARED,
     VECTOR,
     Sources,
-    add_half,
     barrier,
     begin_copy,
     copy,
     look,
     new_mbarriers,
-    new_ring,
     numbers,
     pointers,
     prefetch,
     query,
     rows_layout,
-    scores,
     steps_of,
     store,
     tell,
@@ -68,13 +65,14 @@ TAIL = gl.constexpr(64)  # columns
 
 @gluon.jit
 def _halves(products):
-    """[64, 64] to its columns 0 to 31 and 32 to 63; both are in the registers of the same threads."""
-    return gl.split(products.reshape([64, 2, 32]).permute([0, 2, 1]))
+    """The left and the right half of the columns; both are in the registers of the same threads."""
+    WIDTH: gl.constexpr = products.shape[1] // 2
+    return gl.split(products.reshape([64, 2, WIDTH]).permute([0, 2, 1]))
 
 
 @gluon.jit
 def _gradients(products, lse, inner, scale):
-    """From q . k and do . k, side by side, [64, 64]: weights and gradients of the scores times K^-0.5, [64, 32]."""
+    """From q . k and do . k, side by side: weights, and gradients of the scores times K^-0.5."""
     q_products, do_products = _halves(products)
     weights = gl.exp2(q_products * scale - lse)
     return weights, weights * (do_products - inner[None, :]) * (scale * LN_2)
@@ -95,22 +93,34 @@ def _copy_heads(target, rows_R, tails_R, real_R, first: gl.constexpr, full, K: g
 
 
 class Columns(NamedTuple):
-    """Shared memory of `bwd_columns`. block: [1, 64, K], the columns. pairs: [2, 64, 64], gradients and weights."""
+    """Shared memory of `bwd_columns`. tiles: [4, 32, K], q and do of 16 heads each; half h of tile b has its mbarriers
+    at 2 b + h. block: [1, 64, K], the columns. pairs: [4, 64, 32], gradients and weights."""
 
-    ring: Any
+    tiles: Any
     block: Any
     pairs: Any
+    full: Any
+    empty: Any
     block_loaded: Any
     pairs_done: Any
 
 
 class Part(NamedTuple):
-    """64 columns from `block` on, and queries low to high - 1, which a program sums over."""
+    """64 columns from `block` on, and queries low to high - 1, which a program sums over in turns: a tile for each
+    multiplier."""
 
     block: Any
     low: Any
     high: Any
-    steps: Any
+    turns: Any
+
+
+@gluon.jit
+def _tile_of(part, number, H):
+    """Query and first head of a tile, and its heads; none over the end."""
+    blocks = gl.cdiv(H, 16)
+    t, head = part.low + number // blocks, number % blocks * 16
+    return t, head, gl.where(t < part.high, gl.minimum(H - head, 16), 0)
 
 
 @gluon.jit
@@ -121,24 +131,23 @@ def _load_rows(s, q_THK, do_THK, tail_THR, stride, vectors_XK, part, H, X, K: gl
     for h in gl.static_range(2):
         target = s.block.index(0).slice(h * (K // 2), K // 2, 1)
         copy(target, block_R, part.block + row < X, h * (K // 2), s.block_loaded.index(0))
-    blocks = gl.cdiv(H, 32)
-    rows_R = gl.where(row < 32, q_THK, do_THK) + row % 32 * K
-    stride_R = gl.where(row < 32, K, stride)
-    tails_R = gl.where(row < 32, q_THK, tail_THR) + row % 32 * stride_R + (stride_R - TAIL)
-    for step in range(0, part.steps):
-        t, head = part.low + step // blocks, step % blocks * 32
-        heads = gl.where(t < part.high, gl.minimum(H - head, 32), 0)
-        first, b = t * H + head, step % 2
+    row = gl.arange(0, 32, COPY_ROWS)
+    rows_R = gl.where(row < 16, q_THK, do_THK) + row % 16 * K
+    stride_R = gl.where(row < 16, K, stride)
+    tails_R = gl.where(row < 16, q_THK, tail_THR) + row % 16 * stride_R + (stride_R - TAIL)
+    for number in range(0, 2 * part.turns):
+        t, head, heads = _tile_of(part, number, H)
+        first, place = t * H + head, number % 4
         for h in gl.static_range(2):
-            mbarrier.wait(s.ring.empty.index(2 * b + h), (step // 2 + 1) & 1)
-            half = s.ring.tiles.index(b).slice(h * (K // 2), K // 2, 1)
-            full = s.ring.full.index(2 * b + h)
-            _copy_heads(half, rows_R + first * K, tails_R + first * stride_R, row % 32 < heads, h * (K // 2), full, K)
+            mbarrier.wait(s.empty.index(2 * place + h), (number // 4 + 1) & 1)
+            half, full = s.tiles.index(place).slice(h * (K // 2), K // 2, 1), s.full.index(2 * place + h)
+            rows, tails = rows_R + first * K, tails_R + first * stride_R
+            _copy_heads(half, rows, tails, row % 16 < heads, h * (K // 2), full, K)
 
 
 class Known(NamedTuple):
-    """What is known of the 32 heads of a query in a tile: log of the denominator in units of log 2, inner product, and
-    the first and last column that the query sees."""
+    """What is known of the heads of a tile: log of the denominator, inner product, and the first and last column that
+    the query sees."""
 
     lse: Any
     inner: Any
@@ -146,44 +155,81 @@ class Known(NamedTuple):
     last: Any
 
 
+@gluon.constexpr_function
+def _narrow():
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
+
+
 @gluon.jit
-def _known_of_rows(part, step, lse_TH, inner_TH, first_T, last_T, H):
+def _known_of_rows(part, number, lse_TH, inner_TH, first_T, last_T, H):
     """What is known of a tile; loaded long before it is needed."""
-    HALF: gl.constexpr = _halves(gl.zeros([64, 64], gl.float32, PRODUCT))[0].type.layout
-    h = gl.arange(0, 32, gl.SliceLayout(0, HALF))
-    blocks = gl.cdiv(H, 32)
-    t, head = part.low + step // blocks, step % blocks * 32
-    real = (head + h < H) & (t < part.high)
+    HALF: gl.constexpr = _halves(gl.zeros([64, 32], gl.float32, _narrow()))[0].type.layout
+    h = gl.arange(0, 16, gl.SliceLayout(0, HALF))
+    t, head, heads = _tile_of(part, number, H)
     return Known(
-        gl.load(lse_TH + (t * H + head) + h, mask=real, other=0.0),
-        gl.load(inner_TH + (t * H + head) + h, mask=real, other=0.0),
+        gl.load(lse_TH + (t * H + head) + h, mask=h < heads, other=0.0),
+        gl.load(inner_TH + (t * H + head) + h, mask=h < heads, other=0.0),
         gl.load(first_T + t, mask=t < part.high, other=1),
         gl.load(last_T + t, mask=t < part.high, other=0),
     )
 
 
 @gluon.jit
-def _own_rows(s, sums, part, step, known, scale, W: gl.constexpr, K: gl.constexpr):
-    """A tile of this multiplier."""
-    products = scores(s.block, s.ring, step // 2, W, K)
-    HALF: gl.constexpr = _halves(gl.zeros([64, 64], gl.float32, PRODUCT))[0].type.layout
-    x = part.block + gl.arange(0, 64, gl.SliceLayout(1, HALF))
-    seen = ((x >= known.first) & (x <= known.last))[:, None]
-    lse, inner = known.lse * LOG2_E, known.inner
-    weights, gradients = _gradients(warpgroup_mma_wait(0, [products]), lse[None, :], inner, scale)
-    # What is not seen may hold anything.
-    s.pairs.index(W).slice(0, 32, 1).store(gl.where(seen, gradients, 0.0).to(s.pairs.dtype))
-    s.pairs.index(W).slice(32, 32, 1).store(gl.where(seen, weights, 0.0).to(s.pairs.dtype))
-    fence_async_shared()
-    tell(s.pairs_done.index(W))
-    return add_half(sums, s.pairs, s.ring, W, step // 2, W, K)
+def _score_rows(s, turn, W: gl.constexpr, K: gl.constexpr):
+    """block tile^T for the tile of the multiplier W, in flight."""
+    zero = unknown_zero(turn)
+    place = turn % 2 * 2 + W
+    products = gl.zeros([64, 32], gl.float32, _narrow())
+    for h in gl.static_range(2):
+        mbarrier.wait(s.full.index(2 * place + h), (turn // 2) & 1)
+        fence_async_shared()
+        rows = s.tiles.index(place + zero).slice(h * (K // 2), K // 2, 1)
+        columns = s.block.index(zero).slice(h * (K // 2), K // 2, 1)
+        products = warpgroup_mma(columns, rows.permute([1, 0]), products, use_acc=h == 1, is_async=True)
+    return products
 
 
 @gluon.jit
-def _other_rows(s, sums, step, W: gl.constexpr, K: gl.constexpr):
-    """A tile of the other multiplier."""
-    mbarrier.wait(s.pairs_done.index(1 - W), (step // 2) & 1)
-    return add_half(sums, s.pairs, s.ring, 1 - W, step // 2, W, K)
+def _weigh_rows(s, part, products, turn, known, scale, W: gl.constexpr):
+    """Gradients and weights of the tile of the multiplier W."""
+    HALF: gl.constexpr = _halves(gl.zeros([64, 32], gl.float32, _narrow()))[0].type.layout
+    x = part.block + gl.arange(0, 64, gl.SliceLayout(1, HALF))
+    seen = ((x >= known.first) & (x <= known.last))[:, None]
+    lse, inner = known.lse * LOG2_E, known.inner
+    weights, gradients = _gradients(products, lse[None, :], inner, scale)
+    # What is not seen may hold anything.
+    pairs = gl.join(gl.where(seen, gradients, 0.0), gl.where(seen, weights, 0.0)).permute([0, 2, 1]).reshape([64, 32])
+    s.pairs.index(turn % 2 * 2 + W).store(pairs.to(s.pairs.dtype))
+
+
+@gluon.jit
+def _add_rows(s, sums, turn, owner: gl.constexpr, W: gl.constexpr, K: gl.constexpr):
+    """sums + pairs^T tile, the half of the multiplier W, in flight."""
+    place = turn % 2 * 2 + owner + unknown_zero(turn)
+    half = s.tiles.index(place).slice(W * (K // 2), K // 2, 1)
+    return warpgroup_mma(s.pairs.index(place), half, sums, is_async=True)
+
+
+@gluon.jit
+def _rows_landed(s, sums, turn, owner: gl.constexpr, W: gl.constexpr):
+    """The sum when it has landed; the half of the tile is handed back."""
+    sums = warpgroup_mma_wait(0, [sums])
+    tell(s.empty.index(2 * (turn % 2 * 2 + owner) + W))
+    return sums
+
+
+@gluon.jit
+def _turn(s, sums, part, turn, known, scale, W: gl.constexpr, K: gl.constexpr):
+    """The tile of this multiplier, and before it the last one of the other: that is added while the weights are made."""
+    products = _score_rows(s, turn, W, K)
+    last = turn - 1 + W  # turn of the other one
+    mbarrier.wait(s.pairs_done.index(1 - W), last & 1)
+    sums = _add_rows(s, sums, last, 1 - W, W, K)
+    _weigh_rows(s, part, warpgroup_mma_wait(1, [products]), turn, known, scale, W)
+    fence_async_shared()
+    sums = _rows_landed(s, sums, last, 1 - W, W)
+    tell(s.pairs_done.index(W))
+    return _rows_landed(s, _add_rows(s, sums, turn, W, W, K), turn, W, W)
 
 
 @gluon.jit
@@ -194,19 +240,22 @@ def _sum_rows(
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K // 2, 16])
     OUT: gl.constexpr = gl.SliceLayout(1, rows_layout(K // 2))
     sums = gl.zeros([64, K // 2], gl.float32, SUM)
-    mbarrier.wait(s.block_loaded.index(0), 0)
     known = _known_of_rows(part, W, lse_TH, inner_TH, first_T, last_T, H)
-    for step in range(0, part.steps, 2):
-        if W == 0:
-            sums = _own_rows(s, sums, part, step, known, scale, W, K)
-            known = _known_of_rows(part, step + 2, lse_TH, inner_TH, first_T, last_T, H)
-            if step + 1 < part.steps:
-                sums = _other_rows(s, sums, step + 1, W, K)
-        else:
-            sums = _other_rows(s, sums, step, W, K)
-            if step + 1 < part.steps:
-                sums = _own_rows(s, sums, part, step + 1, known, scale, W, K)
-                known = _known_of_rows(part, step + 3, lse_TH, inner_TH, first_T, last_T, H)
+    mbarrier.wait(s.block_loaded.index(0), 0)
+    if W == 0:
+        products = warpgroup_mma_wait(0, [_score_rows(s, 0, W, K)])
+        _weigh_rows(s, part, products, 0, known, scale, W)
+        fence_async_shared()
+        tell(s.pairs_done.index(W))
+        known = _known_of_rows(part, 2, lse_TH, inner_TH, first_T, last_T, H)
+        sums = _rows_landed(s, _add_rows(s, sums, 0, W, W, K), 0, W, W)
+    for turn in range(1 - W, part.turns):
+        sums = _turn(s, sums, part, turn, known, scale, W, K)
+        known = _known_of_rows(part, 2 * (turn + 1) + W, lse_TH, inner_TH, first_T, last_T, H)
+    if W == 0:
+        last = part.turns - 1
+        mbarrier.wait(s.pairs_done.index(1), last & 1)
+        sums = _rows_landed(s, _add_rows(s, sums, last, 1, W, K), last, 1, W)
     x = part.block + gl.arange(0, 64, OUT)
     store(dvectors_XK, x, x < X, W * (K // 2), sums, K)
 
@@ -224,9 +273,11 @@ def sparse_attention_bwd_columns_hopper_kernel(
     """
     dtype: gl.constexpr = q_THK.dtype.element_ty
     s = Columns(
-        ring=new_ring(dtype, K),
+        tiles=gl.allocate_shared_memory(dtype, [4, 32, K], SHARED),
         block=gl.allocate_shared_memory(dtype, [1, 64, K], SHARED),
-        pairs=gl.allocate_shared_memory(dtype, [2, 64, 64], SHARED),
+        pairs=gl.allocate_shared_memory(dtype, [4, 64, 32], gl.NVMMASharedLayout(64, 16)),
+        full=new_mbarriers(8, 128),
+        empty=new_mbarriers(8, 1),
         block_loaded=new_mbarriers(1, 256),
         pairs_done=new_mbarriers(2, 1),
     )
@@ -238,9 +289,9 @@ def sparse_attention_bwd_columns_hopper_kernel(
     stop = gl.load(stop_X + x, mask=x < X, other=0)
     low = gl.maximum(gl.min(gl.where(start < stop, start, T), 0), number * part)
     high = gl.minimum(gl.max(gl.where(start < stop, stop, 0), 0), (number + 1) * part)
-    # A step over the end sees no query. At least one, so that there is no path around the loop.
-    steps = gl.maximum((high - low).to(gl.int32) * gl.cdiv(H, 32), 1)
-    here = Part(block, low, high, steps)
+    # A tile over the end sees no query. At least one turn, so that there is no path around the loop.
+    turns = gl.maximum(gl.cdiv((high - low).to(gl.int32) * gl.cdiv(H, 16), 2), 1)
+    here = Part(block, low, high, turns)
     dvectors_XK = dvectors_SXK + number * X * K
     gl.warp_specialize(
         [
