@@ -26,7 +26,7 @@ from leadline.ops.sparse_attention import hopper_backward, hopper_forward, kerne
 
 # Shared memory of a program on an A100, an RTX 4090 and an H100.
 ROOM = {80: 166912, 89: 101376, 90: 232448}
-INTEGERS = {"T", "H", "M", "X", "part", "start", "stop", "items"}
+INTEGERS = {"T", "H", "M", "X", "part", "start", "stop", "items", "stride"}
 FLOATS = {"sink_H", "lse_TH", "inner_TH"}
 RUNS = {
     "picked_TM",
@@ -59,7 +59,8 @@ def compiled(function: Any, arch: int, constants: dict[str, Any], options: dict[
     if "ENTRIES" in names:
         constants = constants | {name: None for name in ABSENT[constants["ENTRIES"]] if name in names}
     signature = {name: "constexpr" if name in constants else kind(name) for name in names}
-    aligned = [place for place, name in enumerate(names) if name in ("H", "M") or signature[name].startswith("*")]
+    even = ("H", "M", "stride")
+    aligned = [place for place, name in enumerate(names) if name in even or signature[name].startswith("*")]
     source = GluonASTSource if function.is_gluon() else ASTSource
     attributes = {(place,): [["tt.divisibility", 16]] for place in aligned}
     target = GPUTarget("cuda", arch, 32)

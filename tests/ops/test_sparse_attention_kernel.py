@@ -40,7 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy warns
 
 
 def attend(
-    case: Any, mode: str, q: Tensor, keys: Tensor, entries: Tensor, sink: Tensor, rotary_width: int = 0
+    case: Any, mode: str, q: Tensor, keys: Tensor, entries: Tensor, sink: Tensor, *, rotary_width: int = 0
 ) -> tuple[Tensor, Tensor]:
     """rotary_width: of the values that are turned back in the output, if any."""
     rotation = None
@@ -63,7 +63,7 @@ def operands(case: Any, heads: int, width: int, dtype: torch.dtype = torch.float
 def results(case: Any, mode: str, inputs: list[Tensor], do: Tensor, rotary_width: int = 0) -> list[Tensor]:
     """o, lse and the gradients of q, keys, entries (none without entries) and sink."""
     leaves = [x.detach().requires_grad_(not (mode == "window" and place == 2)) for place, x in enumerate(inputs)]
-    o, lse = attend(case, mode, leaves[0], leaves[1], leaves[2], leaves[3], rotary_width)
+    o, lse = attend(case, mode, leaves[0], leaves[1], leaves[2], leaves[3], rotary_width=rotary_width)
     assert not lse.requires_grad
     return [o.detach(), lse, *torch.autograd.grad(o, [x for x in leaves if x.requires_grad], do.to(o.dtype))]
 
@@ -519,6 +519,16 @@ def test_on_gpu(
     with kernels_for(generation):
         for lengths, past in GPU_LENGTHS:
             check(on_gpu(look_back, lengths, past, 128, 4, 100, 2), mode, heads, width, dtype, BOUNDS[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_compiled_ahead")
+@pytest.mark.parametrize("generation", ["hopper", "any GPU"])
+@pytest.mark.parametrize("mode", MODES)
+def test_turned_back_on_gpu(look_back: Callable[..., Any], mode: str, generation: str) -> None:
+    case = on_gpu(look_back, [61, 1, 130, 2], [5, 300, 0, 77], 128, 4, 100, 2)
+    with kernels_for(generation):
+        check(case, mode, 64, 512, torch.bfloat16, BOUNDS[torch.bfloat16], rotary_width=64)
 
 
 @pytest.mark.gpu

@@ -8,15 +8,16 @@ for. It has twelve warps, three warp groups with a role each, and the roles meet
   `cp.async`, which counts as an arrival at the mbarrier of its tile when it lands.
 - Two multipliers share the sum: each has half of its columns, [64, K / 2], in 128 registers a thread.
 
-Every kernel but one does the same with a tile: a product of all K columns with a block that stays (scores), something
-done with each score (weights), and a product of the weights with the tile (the sum). The multipliers take the tiles in
-turn: the owner makes the weights, and then both add their half. The block is read from shared memory once a tile that
-way; if each multiplier made half of the scores of every tile, it would be twice, and these reads would be the bound. A
-half of a tile is handed back to the loader as soon as it was added.
+The forward and `bwd_columns` do the same with a tile: a product of all K columns with a block that stays (scores),
+something done with each score (weights), and a product of the weights with the tile (the sum). The multipliers take the
+tiles in turn: the owner makes the weights, and then both add their half. The block is read from shared memory once a
+tile that way; if each multiplier made half of the scores of every tile, it would be twice, and these reads would be the
+bound. A half of a tile is handed back to the loader as soon as it was added.
 
-What bounds it: two products of [64, 64, K] take 2 x 64 x 64 x K / 2048 cycles (2,048 at K = 512) of the matrix units,
-and 2,176 of shared memory, which is read for them and written by copies. Between the two products of a tile the scores
-must become weights, about 900 cycles, and there is no room for a third tile whose scores could be made meanwhile.
+What bounds the forward: two products of [64, 64, K] take 2 x 64 x 64 x K / 2048 cycles (2,048 at K = 512) of the matrix
+units, and 2,176 of shared memory, which is read for them and written by copies. Between the two products of a tile the
+scores must become weights, about 900 cycles, and there is no room for a third tile whose scores could be made
+meanwhile.
 
 Three habits keep this correct without running it under a debugger:
 

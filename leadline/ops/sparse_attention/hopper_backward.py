@@ -1,19 +1,26 @@
 """The backward of sparse attention for Hopper; `hopper.py` has the idea, `kernel.py` says which kernel sums what.
 
-In shared memory 32 rows of q are followed by those of do: one product with the columns then gives q . k and do . k in
-registers of one thread.
+In shared memory rows of q are followed by those of do for the same heads: one product with the columns then gives q . k
+and do . k in registers of one thread.
 
-`bwd_columns` works as the forward does, with the roles changed: 64 columns stay, and the tiles are 32 heads of a query
-at a time, q and do. The sum is the gradient of the columns, and no running maximum goes around.
+`bwd_columns` turns the roles of the forward around: 64 columns stay, and the tiles are q and do of 16 heads of a query.
+The sum is the gradient of the columns, and no running maximum goes around. Tiles are half as large as in the forward,
+so that there is room for four: one is added, two are multiplied with the columns by their owners, one is on its way. A
+multiplier makes its weights while the last tile of the other one is added, and the other way round.
 
 `bwd_queries` keeps q and do of 64 heads of one query, twice as much, so there is room for one tile of columns. The
 multipliers share everything: each takes 32 heads of the scores, and half of the K columns of the sums. To have the
 next tile under way nevertheless, tiles are cut into pieces of K / 4 columns. A piece is handed back as soon as dq has
-it, and the next tile starts with the pieces that are there.
+it, which comes before the rows of picks, and the next tile starts with the pieces that are there.
+
+Where o was turned back by a rotation, do must be turned forth, but only its last columns move: those are found in a
+tensor of their own, and the rest of do is taken as it comes.
 
 Floors at 32K tokens of CSA, K = 512 and 64 heads: 5 products of [64, 64, K] for 64 picks, 3 for 64 window keys, and in
 `bwd_columns` 4 for 64 keys and 64 heads, half as many again because a block of 64 keys is seen by 191 queries, each of
-which sees no more than 128. Picks also write rows of 1 KiB to device memory, which `bwd_picks` reads again.
+which sees no more than 128; its scores, with 32 rows a tile, are bound by what they read from shared memory, 1.5 times
+their arithmetic. Picks also write rows of 1 KiB to device memory, which `bwd_picks` reads again, beside the products of
+the next chunk of queries.
 """
 
 from __future__ import annotations
@@ -220,7 +227,7 @@ def _rows_landed(s, sums, turn, owner: gl.constexpr, W: gl.constexpr):
 
 @gluon.jit
 def _turn(s, sums, part, turn, known, scale, W: gl.constexpr, K: gl.constexpr):
-    """The tile of this multiplier, and before it the last one of the other: that is added while the weights are made."""
+    """The tile of this multiplier; meanwhile the last one of the other is added."""
     products = _score_rows(s, turn, W, K)
     last = turn - 1 + W  # turn of the other one
     mbarrier.wait(s.pairs_done.index(1 - W), last & 1)
@@ -308,8 +315,8 @@ class Queries(NamedTuple):
     """Shared memory of `bwd_queries`. What is there twice belongs to tiles, queries or multipliers in turn.
 
     heads: [1, 128, K], q and do of 32 heads, then those of the others. pieces: [places, 64, K / pieces], columns.
-    gradients, weights: [1, 64, 64], of all heads. lse, inner: [2, 32]. unseen: [2, 64], -inf where a column of a tile is none.
-    steps, window_steps: [2, 1], tiles of a query, and of these the ones over the window.
+    gradients, weights: [1, 64, 64], of all heads. lse, inner: [2, 32]. unseen: [2, 64], -inf where a column of a
+    tile is none. steps, window_steps: [2, 1], tiles of a query, and of these the ones over the window.
     """
 
     heads: Any
@@ -578,13 +585,14 @@ def _sum_columns(s, rows, start, items, H, M, scale, W: gl.constexpr, K: gl.cons
 
 @gluon.jit(do_not_specialize=["start"])
 def sparse_attention_bwd_queries_hopper_kernel(
-    q_THK, do_THK, tail_THR, stride, o_THK, keys_XK, entries_CK, picked_TM, first_key_T, last_key_T, first_entry_T, visible_T, lse_TH,
+    q_THK, do_THK, tail_THR, stride, o_THK, keys_XK, entries_CK, picked_TM,
+    first_key_T, last_key_T, first_entry_T, visible_T, lse_TH,
     dq_THK, inner_TH, rows_tMBK, start, items, H, M, scale,
     K: gl.constexpr, ENTRIES: gl.constexpr,
 ):  # fmt: skip
-    """dq and inner = do . o, which a rotation of both does not change. tail_THR: where
-    the scores find the last columns of do, at the end of rows of `stride` values. items: queries from `start` on x blocks of 64 heads. With picks also `rows`: what each
-    pick contributes to the gradient of its entry, summed over 64 heads; B blocks of heads."""
+    """dq, and inner = do . o, which a rotation of both does not change. items: queries from `start` on x blocks of 64
+    heads. tail_THR: where the last columns of do are, at the end of rows of `stride` values. With picks also `rows`:
+    what each pick contributes to the gradient of its entry, summed over 64 heads; B blocks of heads."""
     dtype: gl.constexpr = q_THK.dtype.element_ty
     PLACES: gl.constexpr = _places(K, ENTRIES)
     s = Queries(

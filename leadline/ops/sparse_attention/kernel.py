@@ -15,10 +15,11 @@ Backward. Nothing is added atomically, so that two runs agree bitwise.
 - `bwd_columns`: columns that are seen by a run of queries (window keys, and entries when all visible ones are seen). A
   program holds a block of columns and walks over the queries that see any of them.
 - Picked entries are seen by scattered queries. `bwd_queries` writes what each pick of a chunk of queries contributes
-  to its entry, one row of K, into a workspace of at most 512 MiB; sorting the picks by entry (stable) inverts the
+  to its entry, one row of K, into a workspace; sorting the picks by entry (stable) inverts the
   lists, and `bwd_picks` adds the rows of each entry, in FP32 and always in the same order. The rows are stored in the
   dtype of q. In bf16 that rounds each contribution once, to 8 bits; the roundings are independent, so the sum of n of
-  them is off by about 2^-9 / sqrt(n) of its size, less than the rounding of the result.
+  them is off by about 2^-9 / sqrt(n) of its size, less than the rounding of the result. On Hopper a tenth of the card
+  adds the rows of one chunk while the rest multiplies the next one.
 
 Tensors that are K wide are held as tuples of column chunks: a chunk is the widest tile of a sum that fits into the
 registers, and float32 products, which have no matrix unit, take small ones.
@@ -607,7 +608,9 @@ class _Ahead:
     everything happens in turn."""
 
     def __init__(self, device: torch.device):
-        self.user, self.streams, self.given_back = None, [], [None, None]
+        self.user: torch.cuda.Stream | None = None
+        self.streams: list[torch.cuda.Stream] = []
+        self.given_back: list[torch.cuda.Event | None] = [None, None]
         if device.type == "cuda":
             self.user = torch.cuda.current_stream(device)
             self.streams = [torch.cuda.Stream(device, priority=-1) for _ in range(2)]
