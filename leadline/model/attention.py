@@ -33,6 +33,7 @@ from leadline.model.rotary import Rotation
 from leadline.model.segment_index import SegmentIndex
 from leadline.model.signals import IndexerSignals, Training
 from leadline.model.state import LayerState
+from leadline.ops.beside import Beside
 from leadline.ops.cache_rows import Source
 from leadline.ops.cache_step import Finish, finished, store_keys
 from leadline.ops.decode_attention import decode_attention
@@ -71,17 +72,24 @@ class Attention(nn.Module):
         rotation = index.rotation(self.ratio)
         q_latent_TQ, key_TK = linears(x_TD, self.wq_a, self.wkv)
         q_latent_TQ = rms_norm(q_latent_TQ, self.q_norm.weight, self.eps)
+
+        def seen() -> tuple[Source, Source | None]:
+            entries = None
+            if self.compressor is not None:
+                entries = self.compressor(x_TD, index, state.entries if state else None, cache_format.key)
+            return self._keys(key_TK, index, state, cache_format), entries
+
+        def picked() -> tuple[IndexOperands | None, Tensor | None]:
+            if self.indexer is None:
+                return None, None
+            operands = self.indexer.operands(x_TD, q_latent_TQ, index, state.index if state else None, cache_format)
+            return operands if training else None, self.indexer.pick(operands, index)
+
+        keys_and_entries, operands_and_picks = Beside(seen, x_TD), Beside(picked, x_TD, lane=1)
         q_THK = self.wq_b(q_latent_TQ).unflatten(-1, (self.heads, self.width))
         q_THK = norm_rope(q_THK, *rotation, eps=self.eps)
-        keys = self._keys(key_TK, index, state, cache_format)
-
-        entries = picked_TM = operands = None
-        if self.compressor is not None:
-            entries = self.compressor(x_TD, index, state.entries if state else None, cache_format.key)
-        if self.indexer is not None:
-            operands = self.indexer.operands(x_TD, q_latent_TQ, index, state.index if state else None, cache_format)
-            picked_TM = self.indexer.pick(operands, index)
-            operands = operands if training else None
+        (keys, entries), (operands, picked_TM) = keys_and_entries.result(), operands_and_picks.result()
+        del keys_and_entries, operands_and_picks
 
         attended_TM = None if training and training.dense else picked_TM
         o_THK, lse_TH = self._attend(q_THK, keys, entries, attended_TM, index)

@@ -19,6 +19,7 @@ from leadline.model.linear import Linear, hold, linears, scale_names
 from leadline.model.router import Gate
 from leadline.model.segment import Segment
 from leadline.model.signals import ExpertSignals
+from leadline.ops.beside import Beside
 from leadline.ops.grouped_linear import grouped_linear
 from leadline.ops.quantized_linear import (
     Dispatched,
@@ -55,13 +56,13 @@ class Experts(nn.Module):
             self.register_buffer(block_scale, None, persistent=False)
         self.products: GroupedProducts = grouped_products
 
-    def forward(self, x_TD: Tensor, route: Route, shared_TD: Tensor) -> Tensor:
-        """Sum over each token's experts, FP32, plus what all tokens share; [T, D] in the dtype of that."""
+    def forward(self, x_TD: Tensor, route: Route, shared: Callable[[], Tensor]) -> Tensor:
+        """Sum over each token's experts, FP32, plus what all tokens share, asked for last; [T, D] in its dtype."""
         pair_X, _, counts_E = route.order
         gate_XF, up_XF = self._multiply(Dispatched(x_TD, route.order), ("w1", "w3"), counts_E)
         hidden_XF = Gated(gate_XF, up_XF, self.limit, route.weights_TA.flatten(), pair_X)
         (out_XD,) = self._multiply(hidden_XF, ("w2",), counts_E)
-        return combine(out_XD, route.order, shared_TD)
+        return combine(out_XD, route.order, shared())
 
     def hold(self, weight: QuantizedWeight, name: str) -> None:
         """Replace w1, w2 or w3 by a quantised stack of the same shape; it no longer trains."""
@@ -134,12 +135,14 @@ class MoE(nn.Module):
             # Tokens are independent here: a long prompt goes through in runs, so that the hidden vectors stay few.
             step = len(x_TD) if torch.is_grad_enabled() else TOKENS_PER_RUN_ON_GPU if x_TD.is_cuda else TOKENS_PER_RUN
             runs = zip(x_TD.split(step), segment.tokens_T.split(step), strict=True)
-            mixed = [self._mix(x, self.gate(x, tokens)) for x, tokens in runs]
+            mixed = [self._mix(x, tokens)[0] for x, tokens in runs]
             return mixed[0] if len(mixed) == 1 else torch.cat(mixed), None
-        route = self.gate(x_TD, segment.tokens_T)
+        mixed_TD, route = self._mix(x_TD, segment.tokens_T)
         loss = route.scores_TE.new_zeros(()) if self.hashed else balance_loss(route, segment)
-        return self._mix(x_TD, route), ExpertSignals(loss, route.order.counts_E)
+        return mixed_TD, ExpertSignals(loss, route.order.counts_E)
 
-    def _mix(self, x_TD: Tensor, route: Route) -> Tensor:
-        """Routed experts + shared one, in the dtype of x."""
-        return self.experts(x_TD, route, self.shared_experts(x_TD))
+    def _mix(self, x_TD: Tensor, tokens_T: Tensor) -> tuple[Tensor, Route]:
+        """Routed experts + shared one, in the dtype of x, and the routes."""
+        shared = Beside(lambda: self.shared_experts(x_TD), x_TD)
+        route = self.gate(x_TD, tokens_T)
+        return self.experts(x_TD, route, shared.result), route

@@ -8,6 +8,8 @@ or few of each sequence to a state, `block_rows.py` for drafts.
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from leadline.model.block_rows import BlockRows
@@ -17,6 +19,7 @@ from leadline.model.rotary import Rotary, Rotation
 from leadline.model.rows import Layout, PoolRows
 from leadline.model.segment import Segment
 from leadline.model.step_rows import Lookup, StepRows
+from leadline.ops.beside import Beside
 from leadline.ops.reach import Reach
 
 
@@ -46,24 +49,26 @@ class SegmentIndex:
         self.lookup: Lookup | None = None
         self._reach: dict[int, Reach] = {}
         rows: BlockRows | StepRows | ChunkRows
+        pools: dict[int, Beside[_Pool]] = {}
         if layout is not None and draft_block:
             rows = BlockRows(segment, config.sliding_window, layout)
             self.lookup = rows.lookup()
         elif layout is not None and max(segment.lengths) <= 1 + layout.spare_tokens and not _repeats(segment, layout):
             rows = StepRows(segment, config.sliding_window, layout)
+            pools = _pools(rows, ratios, segment.positions_T, rotary)
             self.lookup = rows.lookup()
         else:
             rows = ChunkRows(segment, config.sliding_window, layout)
+            pools = _pools(rows, ratios, segment.positions_T, rotary)
             self._reach[0] = rows.window_reach()
             self._reach |= {ratio: rows.entry_reach(ratio, self._reach[0]) for ratio in ratios}
         self.ring = rows.ring()
-        self.pool: dict[int, PoolRows] = {}
-        if not isinstance(rows, BlockRows):
-            self.pool = {ratio: rows.pool(ratio) for ratio in ratios}
         self._rotation = {0: rotary.at(segment.positions_T, 0)}
         if ratios:  # they all turn at one pace
             self._rotation |= dict.fromkeys(ratios, rotary.at(segment.positions_T, ratios[0]))
-        self._entry_rotation = {ratio: rotary.at(pool.entry_positions_C, ratio) for ratio, pool in self.pool.items()}
+        found = {ratio: pool.result() for ratio, pool in pools.items()}
+        self.pool = {ratio: pool for ratio, (pool, _) in found.items()}
+        self._entry_rotation = {ratio: rotation for ratio, (_, rotation) in found.items()}
 
     @property
     def positions_T(self) -> Tensor:
@@ -80,6 +85,21 @@ class SegmentIndex:
     def reach(self, ratio: int) -> Reach:
         """What the queries of a layer of this ratio may see, in a segment that is not a step."""
         return self._reach[ratio]
+
+
+_Pool = tuple[PoolRows, Rotation]
+
+
+def _pools(
+    rows: StepRows | ChunkRows, ratios: list[int], positions_T: Tensor, rotary: Rotary
+) -> dict[int, Beside[_Pool]]:
+    """The rows of each ratio's pools and the rotation of their entries; in a captured step, all at once."""
+
+    def pool(ratio: int) -> _Pool:
+        pooled = rows.pool(ratio)
+        return pooled, rotary.at(pooled.entry_positions_C, ratio)
+
+    return {ratio: Beside(partial(pool, ratio), positions_T, lane) for lane, ratio in enumerate(ratios)}
 
 
 def _repeats(segment: Segment, layout: Layout) -> bool:

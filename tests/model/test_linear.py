@@ -63,7 +63,7 @@ def test_experts_hold_stacks(format: Format) -> None:
     x, scores = torch.randn(9, TINY.hidden_size), torch.rand(9, TINY.n_routed_experts)
     chosen = scores.topk(2).indices
     route = Route(chosen, scores.gather(1, chosen), scores, expert_order(chosen, TINY.n_routed_experts))
-    out, wanted = (layer(x, route, torch.zeros_like(x)) for layer in (experts, plain))
+    out, wanted = (layer(x, route, lambda: torch.zeros_like(x)) for layer in (experts, plain))
     # Three roundings of activations to E4M3 are between the two.
     assert 0 < (out - wanted).norm() / wanted.norm() < 0.1
 

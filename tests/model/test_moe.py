@@ -73,7 +73,8 @@ def test_an_expert_without_tokens_gets_a_zero_gradient() -> None:
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
     route = route_of(torch.tensor([[0, 3], [3, 1]]), torch.rand(2, 2), torch.rand(2, 5))
-    experts(torch.randn(2, 8), route, torch.zeros(2, 8)).sum().backward()
+    x, shared = torch.randn(2, 8), torch.zeros(2, 8)
+    experts(x, route, lambda: shared).sum().backward()
     assert route.order.counts_E.tolist() == [1, 1, 0, 2, 0]
     for weight in experts.parameters():
         assert weight.grad is not None

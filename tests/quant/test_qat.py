@@ -120,7 +120,7 @@ def test_experts(policy: Policy) -> None:
     x, scores = torch.randn(40, TINY.hidden_size), torch.rand(40, TINY.n_routed_experts)
     chosen = scores.topk(2).indices
     route = Route(chosen, scores.gather(1, chosen), scores, expert_order(chosen, TINY.n_routed_experts))
-    ours, theirs = (layer(x, route, torch.zeros_like(x)) for layer in (experts, served))
+    ours, theirs = (layer(x, route, lambda: torch.zeros_like(x)) for layer in (experts, served))
     assert torch.equal(ours, theirs)
 
 
