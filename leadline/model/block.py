@@ -36,7 +36,9 @@ class Block(nn.Module):
     ) -> tuple[Tensor, BlockSignals | None]:
         x_TSD, y_TD, post_TS, comb_TSS = self.hc_attn.mix_in(x_TSD, self.attn_norm)
         y_TD, indexer = self.attn(y_TD, index, state, cache_format, training)
-        x_TSD, y_TD, post_TS, comb_TSS = self.hc_ffn.mix_on(x_TSD, y_TD, post_TS, comb_TSS, self.ffn_norm)
+        x_TSD = self.hc_attn.mix_out(x_TSD, y_TD, post_TS, comb_TSS)
+
+        x_TSD, y_TD, post_TS, comb_TSS = self.hc_ffn.mix_in(x_TSD, self.ffn_norm)
         y_TD, experts = self.ffn(y_TD, index.segment, training is not None)
         x_TSD = self.hc_ffn.mix_out(x_TSD, y_TD, post_TS, comb_TSS)
         return x_TSD, None if experts is None else BlockSignals(experts, indexer)

@@ -40,23 +40,10 @@ class HyperConnection(nn.Module):
     def mix_in(self, x_TSD: Tensor, norm: Norm | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Collapse the streams: (X to go on with, y_TD in the dtype of X, post_TS FP32, comb_TSS FP32). With a norm, y
         is normalised."""
+        parameters, numbers = (self.fn, self.base, self.scale), (self.rounds, self.eps, self.rms_norm_eps)
         if norm is None:
-            return op.mix_in(x_TSD, self.fn, self.base, self.scale, *self._numbers)
-        return op.mix_in_norm(x_TSD, *self._with(norm), *self._numbers, self.rms_norm_eps)
-
-    def mix_on(
-        self, x_TSD: Tensor, out_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor, norm: Norm
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Out of the sublayer before and into this one: `mix_in` of its `mix_out`."""
-        before = x_TSD, out_TD, post_TS, comb_TSS
-        return op.mix_on(*before, *self._with(norm), *self._numbers, self.rms_norm_eps)
-
-    def _with(self, norm: Norm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.fn, self.base, self.scale, norm.weight
-
-    @property
-    def _numbers(self) -> tuple[int, float, float]:
-        return self.rounds, self.eps, self.rms_norm_eps
+            return op.mix_in(x_TSD, *parameters, *numbers)
+        return op.mix_in_norm(x_TSD, *parameters, norm.weight, *numbers, self.rms_norm_eps)
 
     @staticmethod
     def mix_out(x_TSD: Tensor, out_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leadline.ops.dispatch import implementation
-from leadline.ops.hyper_connection import mix_head, mix_in, mix_in_norm, mix_on, mix_out
+from leadline.ops.hyper_connection import mix_head, mix_in, mix_in_norm, mix_out
 from leadline.ops.rehearsal import rehearsal
 from leadline.ops.rms_norm import rms_norm
 from leadline.recipes.bench_ops.gate import results
@@ -143,27 +143,6 @@ def test_slices_add_up_alike_in_one_program_and_in_many(monkeypatch: pytest.Monk
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
-def check_mix_on(tokens: int, streams: int, width: int, device: str, dtype: torch.dtype) -> None:
-    """As one after the other."""
-    x, out, post, comb = mix_out_inputs(tokens, streams, width, device)
-    _, fn, base, scale = mix_in_inputs(tokens, streams, width, device)
-    x, out, weight = x.to(dtype), out.to(dtype), torch.rand(width, device=device).to(dtype)
-    with implementation("kernel"):
-        mixed = mix_out(x, out, post, comb)
-        wanted = mix_in_norm(mixed, fn, base, scale, weight, 20, 1e-6, 1e-6, 1e-6)
-        found = mix_on(x, out, post, comb, fn, base, scale, weight, 20, 1e-6, 1e-6, 1e-6)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
-
-
-@pytest.mark.interpret
-@pytest.mark.parametrize("shape", [(1, 4, 256), (3, 2, 512), (16, 3, 256), (17, 2, 256), (2, 4, 48)], ids=str)
-def test_mix_on_interpreted(shape: tuple[int, int, int]) -> None:
-    from leadline.ops.hyper_connection import kernel
-
-    check_mix_on(*shape, "cpu", torch.float32)
-    assert kernel.takes_before(torch.empty(shape)) == (shape[0] <= 16 and shape[2] % 256 == 0)
-
-
 @pytest.mark.interpret
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_mix_out_interpreted(shape: tuple[int, int, int], against_reference: Callable[..., None]) -> None:
@@ -246,13 +225,6 @@ def test_a_token_on_the_card_does_not_depend_on_its_neighbours() -> None:
         for tokens in sizes[:-1]:
             for one, other in zip(into()(x[:tokens], *parameters), fewest, strict=True):
                 assert torch.equal(one[: sizes[-1]], other)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", [(1, 4, 4096), (3, 4, 1024), (16, 4, 4096), (17, 4, 4096), (1, 4, 7168)], ids=str)
-def test_mix_on_compiled(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    check_mix_on(*shape, "cuda", dtype)
 
 
 @pytest.mark.gpu

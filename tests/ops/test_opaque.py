@@ -18,7 +18,7 @@ from leadline.ops.exact_linear import exact_linear, exact_linears
 from leadline.ops.gated_pool import gated_pool
 from leadline.ops.grouped_linear import grouped_linear
 from leadline.ops.grouped_product import grouped_product
-from leadline.ops.hyper_connection import mix_head, mix_in, mix_in_norm, mix_on, mix_out
+from leadline.ops.hyper_connection import mix_head, mix_in, mix_in_norm, mix_out
 from leadline.ops.newton_schulz import newton_schulz
 from leadline.ops.norm_rope import norm_rope
 from leadline.ops.opaque import opaque
@@ -45,11 +45,6 @@ def unrecorded(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, weight: Tenso
     """Without gradients, but for the sum behind it."""
     x, fn, base, scale, weight, free = (*(part.detach() for part in (x, fn, base, scale, weight)), x)
     return *mix_in_norm(x, fn, base, scale, weight, 2, EPS, EPS, EPS)[1:], free.sum()
-
-
-def on(*tensors: Tensor) -> Tensor:
-    x, out, post, comb, fn, base, scale, weight = (tensor.detach() for tensor in tensors)
-    return mix_on(x, out, post, comb, fn, base, scale, weight, 2, EPS, EPS, EPS)[1] + tensors[0].sum()
 
 
 # op: (function, shapes or ready tensors of its inputs). Integers are the same in every call.
@@ -88,7 +83,6 @@ CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...] | Tensor]]] = {
         unrecorded,
         [(5, 4, 8), (24, 32), (24,), (3,), (8,)],
     ),
-    "mix_on": (on, [(5, 2, 256), (5, 256), (5, 2), (5, 2, 2), (8, 512), (8,), (3,), (256,)]),
     "mix_out": (mix_out, [(5, 4, 8), (5, 8), (5, 4), (5, 4, 4)]),
     "mix_head": (lambda x, fn, base, scale: mix_head(x, fn, base, scale, EPS, EPS), [(5, 4, 8), (4, 32), (4,), (1,)]),
     "gated_pool": (
@@ -101,7 +95,7 @@ CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...] | Tensor]]] = {
 }
 
 
-FORWARD_ONLY = ("newton_schulz", "exact_linear", "exact_linears", "grouped_product", "mix_in_norm", "mix_on")
+FORWARD_ONLY = ("newton_schulz", "exact_linear", "exact_linears", "grouped_product", "mix_in_norm")
 
 
 def inputs_of(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:

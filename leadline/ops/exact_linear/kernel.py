@@ -27,7 +27,7 @@ WIDEST = 8192  # values of a row that a program can hold
 LARGEST_WEIGHT = 2**25  # values; a vocabulary's worth of rows is long enough for a library
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "O", "OTHER_O"])
 def exact_linear_fwd_kernel(
     x_ptr, weight_ptr, other_weight_ptr, y_ptr, other_y_ptr, T, O, OTHER_O, x_stride, GROUP, scale,  # noqa: E741
     N: tl.constexpr, PAIR: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr,

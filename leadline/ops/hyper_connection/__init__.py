@@ -10,7 +10,7 @@ from leadline.ops.hyper_connection import reference
 from leadline.ops.hyper_connection.reference import collapse, projection
 from leadline.ops.rms_norm import rms_norm
 
-__all__ = ["collapse", "mix_head", "mix_in", "mix_in_norm", "mix_on", "mix_out", "projection"]
+__all__ = ["collapse", "mix_head", "mix_in", "mix_in_norm", "mix_out", "projection"]
 
 
 def mix_in(
@@ -76,34 +76,6 @@ def mix_out(x_TSD: Tensor, out_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor) ->
 
         return kernel.MixOut.apply(x_TSD, out_TD, post_TS, comb_TSS)
     return reference.MixOut.apply(x_TSD, out_TD, post_TS, comb_TSS)
-
-
-def mix_on(
-    x_TSD: Tensor,
-    out_TD: Tensor,
-    post_TS: Tensor,
-    comb_TSS: Tensor,
-    fn: Tensor,
-    base: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    rounds: int,
-    eps: float,
-    rms_eps: float,
-    norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From one sublayer into the next: `mix_out`, then `mix_in_norm` of what it gives.
-
-    Of the few tokens of a step without a gradient, the way out is no pass of its own.
-    """
-    before, parameters = (x_TSD, out_TD, post_TS, comb_TSS), (fn, base, scale, weight)
-    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*before, *parameters))
-    if not recorded and use_kernel("hyper_connection", x_TSD):
-        from leadline.ops.hyper_connection import kernel
-
-        if kernel.takes_before(x_TSD):
-            return kernel.mix_on(*before, *parameters, rounds, eps, rms_eps, norm_eps)
-    return mix_in_norm(mix_out(*before), *parameters, rounds, eps, rms_eps, norm_eps)
 
 
 def mix_head(x_TSD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, rms_eps: float) -> Tensor:

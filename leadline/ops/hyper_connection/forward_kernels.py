@@ -70,33 +70,12 @@ def hyper_connection_projection_fwd_kernel(
     tl.store(target, result, mask=(tokens < T)[:, None])
 
 
-@triton.jit
-def _mixed_slice(
-    x_ptr, out_ptr, post_ptr, comb_ptr, token, first, S: tl.constexpr, D: tl.constexpr, SLICE: tl.constexpr
-):
-    """What hyper_connection_out_fwd_kernel makes of SLICE columns of one stream, FP32. first: of them, numbered through
-    all streams."""
-    k = first // D
-    columns = first % D + tl.arange(0, SLICE)
-    out = tl.load(out_ptr + token * D + columns).to(tl.float32)
-    mixed = tl.load(post_ptr + token * S + k) * out
-    for j in tl.static_range(S):
-        x = tl.load(x_ptr + (token * S + j) * D + columns).to(tl.float32)
-        mixed += tl.load(comb_ptr + (token * S + j) * S + k) * x
-    return mixed
-
-
 @triton.jit(do_not_specialize=["T"])
 def hyper_connection_projection_step_kernel(
     x_ptr,
-    out_ptr,
-    post_ptr,
-    comb_ptr,
-    mixed_ptr,
     fn_ptr,
     partial_ptr,
     T,
-    S: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     SLICE: tl.constexpr,
@@ -105,8 +84,7 @@ def hyper_connection_projection_step_kernel(
     EARLY: tl.constexpr,
 ):
     """What hyper_connection_projection_fwd_kernel leaves of one slice, for TOKENS tokens one after the other. A slice
-    of fn stays in registers. With out, post and comb of the sublayer before, the streams are mixed first; a slice is
-    then of one stream."""
+    of fn stays in registers."""
     let_next_start(EARLY)
     rows = tl.arange(0, BLOCK_ROWS)
     columns = tl.program_id(0) * SLICE + tl.arange(0, SLICE)
@@ -116,13 +94,7 @@ def hyper_connection_projection_step_kernel(
     first = tl.program_id(1) * TOKENS
     for token in range(first, min(first + TOKENS, T)):
         row = tl.cast(token, tl.int64)
-        if out_ptr is None:
-            x = tl.load(x_ptr + row * WIDTH + columns, mask=columns < WIDTH, other=0.0)
-        else:
-            x = _mixed_slice(x_ptr, out_ptr, post_ptr, comb_ptr, row, tl.program_id(0) * SLICE, S, WIDTH // S, SLICE)
-            x = x.to(mixed_ptr.dtype.element_ty)
-            tl.store(mixed_ptr + row * WIDTH + columns, x)
-        x = x.to(tl.float32)[None, :]
+        x = tl.load(x_ptr + row * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
         products = tl.sum(tl.where((rows == ROWS)[:, None], x, fn) * x, axis=1)
         tl.store(partial_ptr + (tl.program_id(0) * T + token) * BLOCK_ROWS + rows, products)
 

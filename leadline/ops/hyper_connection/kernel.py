@@ -125,22 +125,17 @@ def _tile(x_TSD: Tensor, tile: Tile) -> Tile:
 # -- forward -------------------------------------------------------------------------------------------------------
 
 
-def _project(
-    x_TSD: Tensor, fn: Tensor, before: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-) -> tuple[Tensor, int]:
-    """(partial products and sums of squares, [parts, T, rows of a block]; how many of them to add up first). before:
-    out, post and comb of the sublayer before, and where the streams that they make of x are written; `takes_before`
-    says when."""
-    num_tokens, num_streams, width = x_TSD.shape
-    width, block_rows = num_streams * width, _rows_of_block(len(fn))
+def _project(x_TSD: Tensor, fn: Tensor) -> tuple[Tensor, int]:
+    """(partial products and sums of squares, [parts, T, rows of a block]; how many of them to add up first)."""
+    num_tokens, width, block_rows = x_TSD.shape[0], x_TSD.shape[1] * x_TSD.shape[2], _rows_of_block(len(fn))
     together = SLICES_TOGETHER if num_tokens >= VERY_MANY_TOKENS else 1
     parts = triton.cdiv(width, SLICE * together)
     partial = torch.empty(parts, num_tokens, block_rows, device=x_TSD.device)
     if together == 1 and num_tokens <= TOKENS_OF_A_STEP and not is_batch_invariant():
         early = starts_early(x_TSD.device)
         hyper_connection_projection_step_kernel[(parts, triton.cdiv(num_tokens, TOKENS_PER_SLICE))](
-            x_TSD, *(before or [None] * 4), fn, partial, num_tokens, num_streams, width, len(fn), SLICE,
-            TOKENS_PER_SLICE, block_rows, early, launch_pdl=early, num_warps=8,
+            x_TSD, fn, partial, num_tokens, width, len(fn), SLICE, TOKENS_PER_SLICE, block_rows, early,
+            launch_pdl=early, num_warps=8,
         )  # fmt: skip
         return partial, SLICES_TOGETHER
     hyper_connection_projection_fwd_kernel[(parts, triton.cdiv(num_tokens, PROJECTION.tokens))](
@@ -196,12 +191,6 @@ def takes_norm(x_TSD: Tensor) -> bool:
     return 0 < len(x_TSD) <= FEW_TOKENS and norm_warps(x_TSD.shape[2]) <= 8 and not is_batch_invariant()
 
 
-def takes_before(x_TSD: Tensor) -> bool:
-    """Whether the projection also does the way out of the sublayer before: the few tokens of a step, and slices that
-    are each of one stream."""
-    return 0 < len(x_TSD) <= TOKENS_OF_A_STEP and x_TSD.shape[2] % SLICE == 0 and takes_norm(x_TSD)
-
-
 def _empty_coefficients(x_TSD: Tensor, fn: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_tokens, num_streams, width = x_TSD.shape
     shapes = (num_streams,), (num_streams, num_streams), (fn.shape[0],), ()
@@ -248,49 +237,6 @@ def mix_in_norm(
     """`mix_in_norm_forward` of any layouts and dtypes."""
     parameters = *_wide(fn, base, scale), weight.contiguous()
     return mix_in_norm_forward(x_TSD.contiguous(), *parameters, rounds, eps, rms_eps, norm_eps)
-
-
-@opaque(lambda x_TSD, out_TD, post_TS, comb_TSS, fn, *_: (torch.empty_like(x_TSD), *_empty_coefficients(x_TSD, fn)[:3]))
-def mix_on_forward(
-    x_TSD: Tensor,
-    out_TD: Tensor,
-    post_TS: Tensor,
-    comb_TSS: Tensor,
-    fn: Tensor,
-    base: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    rounds: int,
-    eps: float,
-    rms_eps: float,
-    norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(the mixed streams, norm of y_TD, post_TS, comb_TSS) for contiguous inputs, parameters in FP32 but for the weight
-    of the norm, and streams that `takes_before` allows."""
-    mixed_TSD = torch.empty_like(x_TSD)
-    partial, group = _project(x_TSD, fn, (out_TD, post_TS, comb_TSS, mixed_TSD))
-    results = _collapse(mixed_TSD, partial, group, base, scale, rounds, eps, rms_eps, (weight, norm_eps))
-    return mixed_TSD, *results[:3]
-
-
-def mix_on(
-    x_TSD: Tensor,
-    out_TD: Tensor,
-    post_TS: Tensor,
-    comb_TSS: Tensor,
-    fn: Tensor,
-    base: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    rounds: int,
-    eps: float,
-    rms_eps: float,
-    norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`mix_on_forward` of any layouts and dtypes."""
-    parameters = *_wide(fn, base, scale), weight.contiguous()
-    inputs = _contiguous(x_TSD, out_TD, post_TS, comb_TSS)
-    return mix_on_forward(*inputs, *parameters, rounds, eps, rms_eps, norm_eps)
 
 
 @opaque(lambda x_TSD, fn, *_: tuple(_empty_coefficients(x_TSD, fn)[number] for number in (0, 3, 4)))
