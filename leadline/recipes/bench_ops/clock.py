@@ -69,5 +69,5 @@ def time_backward(case: Case, device: torch.device) -> float:
             leaf.requires_grad_(leaf.is_floating_point())
     with implementation("kernel"):
         outputs = outputs_of(case.run(*leaves))
-        gradients = [torch.randn_like(output) for output in outputs]
+        gradients = [torch.randn(output.shape, device=device).to(output.dtype) for output in outputs]
         return seconds(lambda: gradients_of(outputs, leaves, gradients, again=True))
