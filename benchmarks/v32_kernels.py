@@ -263,7 +263,8 @@ def attend(
     lse_TH = torch.empty_like(most_TSH[:, 0])
     columns = min(COLUMNS_OF_SUM, width)
     decode_attention_combine_kernel[(width // columns, heads, num_queries)](
-        sums_TSHK, most_TSH, total_TSH, no_sink_H, o_THK, lse_TH, splits, heads,
-        K=width, SPLITS=triton.next_power_of_2(splits), COLUMNS=columns, EARLY=early, launch_pdl=early, num_warps=4,
+        sums_TSHK, most_TSH, total_TSH, no_sink_H, None, None, o_THK, lse_TH, splits, heads,
+        K=width, R=0, SPLITS=triton.next_power_of_2(splits), COLUMNS=columns, EARLY=early, launch_pdl=early,
+        num_warps=4,
     )  # fmt: skip
     return o_THK
