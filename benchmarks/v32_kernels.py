@@ -150,15 +150,15 @@ def select(
     region = triton.next_power_of_2(triton.cdiv(columns, regions * 64)) * 64
     numbers_TRX = scores_TC.new_empty(num_queries, regions, region)
     candidates_TRX = torch.empty_like(numbers_TRX)
-    counts_TR, bound_T = scores_TC.new_empty(num_queries, regions), scores_TC.new_empty(num_queries)
+    counts_TR, bounds_T2 = scores_TC.new_empty(num_queries, regions), scores_TC.new_empty(num_queries, 2)
     decode_candidates_kernel[(regions, num_queries)](
-        scores_TC, best_TG, visible_T, numbers_TRX, candidates_TRX, counts_TR, bound_T, k, columns, best_TG.shape[1],
+        scores_TC, best_TG, visible_T, numbers_TRX, candidates_TRX, counts_TR, bounds_T2, k, columns, best_TG.shape[1],
         BEST=groups, COLUMNS=min(groups, max(1024, 2 * triton.next_power_of_2(k))), REGION=region,
         EARLY=early, launch_pdl=early, num_warps=min(32, max(4, groups // 2048)),
     )  # fmt: skip
     picked_TM, rows_TM = scores_TC.new_empty(num_queries, k), scores_TC.new_empty(num_queries, k)
     decode_select_kernel[(num_queries,)](
-        numbers_TRX, candidates_TRX, counts_TR, bound_T, pages_NP, sequence_T, visible_T, picked_TM, rows_TM,
+        numbers_TRX, candidates_TRX, counts_TR, bounds_T2, pages_NP, sequence_T, visible_T, picked_TM, rows_TM,
         pages_NP.shape[1], k, PICKS=triton.next_power_of_2(k), REGION=region, REGIONS=regions, SLOTS=64,
         EARLY=early, launch_pdl=early, num_warps=8,
     )  # fmt: skip
