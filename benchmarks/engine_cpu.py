@@ -25,7 +25,6 @@ with `--quick` everything is small, and then, or with `--only`, the file goes to
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable
@@ -46,6 +45,7 @@ from leadline.engine.engine import Engine, Settings
 from leadline.engine.prefix import WindowPolicy
 from leadline.engine.request import Request, Sampling
 from leadline.model.page_table import num_pages
+from leadline.recipes.bench import append
 
 ROOT = Path(__file__).resolve().parent.parent
 GREEDY = Sampling(temperature=0.0)
@@ -266,22 +266,14 @@ def benchmark(sizes: Sizes, threads: int, only: str, out: Path) -> list[dict[str
         row = measure()
         console.print(": " + ", ".join(f"{name} {value}" for name, value in row.items() if value), soft_wrap=True)
         lines.append(shared | {"row": {"what": what, **row}})
-        _append(partial_out, lines[-1:])
-    _append(out, lines)
+        append(partial_out, lines[-1:])
+    append(out, lines)
     partial_out.unlink()
     table = Table(*lines[0]["row"])
     for line in lines:
         table.add_row(*line["row"].values())
     console.print(table)
     return lines
-
-
-def _append(path: Path, lines: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def main() -> None:

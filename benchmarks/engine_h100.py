@@ -24,8 +24,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
-import os
 import random
 import sys
 import time
@@ -56,6 +54,7 @@ from leadline.model.page_table import num_pages
 from leadline.model.transformer import Transformer
 from leadline.ops.quantized_linear import QuantizedWeight
 from leadline.quant.policy import RELEASED
+from leadline.recipes.bench import append
 from leadline.recipes.bench_ops.clock import Ceilings, measure_ceilings
 
 DEVICE = torch.device("cuda")
@@ -337,7 +336,7 @@ def main() -> None:
         for row in found if isinstance(found, list) else [found]:
             rows.append(row)
             console.print(row)
-            _append(options.out, _line(row, ceilings, options.commit))
+            append(options.out, [_line(row, ceilings, options.commit)])
 
     contexts = [min(cli.integer(word), 2**20 - 512) for word in options.contexts.split(",") if word]
     for context in contexts:
@@ -364,7 +363,7 @@ def peer(experts: int, out: Path, commit: str) -> None:
         sys.exit(f"engine_h100: {error}")
     for row in found:
         Console(width=170).print(row)
-        _append(out, _peer_line(row, experts, commit))
+        append(out, [_peer_line(row, experts, commit)])
 
 
 def _line(row: dict[str, Any], ceilings: Ceilings, commit: str) -> dict[str, Any]:
@@ -396,14 +395,6 @@ def _run(commit: str, *packages: str) -> dict[str, Any]:
         "commit": commit or this_commit(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
-
-
-def _append(path: Path, line: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf8") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 if __name__ == "__main__":
