@@ -27,7 +27,7 @@ import torch
 
 from leadline.engine.disk import DiskCache
 from leadline.engine.drafter import Drafter, drafter_of
-from leadline.engine.graph import FixedSteps, StepGraph
+from leadline.engine.graph import FixedSteps
 from leadline.engine.launched import Launched, piece_of, rows_behind
 from leadline.engine.memory import Memory
 from leadline.engine.native import NativeSteps, require_native
@@ -414,7 +414,7 @@ def _fast_steps(model: Transformer, state: State, settings: Settings) -> Steps |
     if settings.batch_invariant:
         return None
     if model.embed.weight.is_cuda:
-        return FixedSteps(model, state, settings.slots, StepGraph)
+        return FixedSteps(model, state, settings.slots)
     return NativeSteps(model, state, settings.speculate) if settings.compile_steps else None
 
 

@@ -12,8 +12,6 @@ rows. For the CPU see `native`.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
 from collections.abc import Sequence as ListOf
 
 import torch
@@ -28,8 +26,11 @@ from leadline.ops.transfer import fill
 WARM_UP_RUNS = 2
 
 
-class FixedStep(ABC):
-    """A step of `sequences` x `length` tokens, none beyond `longest` tokens."""
+class StepGraph:
+    """A captured step of `sequences` x `length` tokens, none beyond `longest` tokens."""
+
+    _graph: torch.cuda.CUDAGraph | None = None
+    _result: tuple[Output, Tensor] | None = None
 
     def __init__(self, model: Transformer, state: State, sequences: int, length: int, longest: int):
         device = state.device
@@ -47,23 +48,13 @@ class FixedStep(ABC):
         fill(self._slots_N, torch.tensor(slots))
         return self.compute()
 
-    @abstractmethod
-    def compute(self) -> tuple[Output, Tensor]:
-        """The step with what its tensors hold. Repeated, it writes the same values into the same rows."""
-
     @torch.no_grad()
     def predict_second(self, output: Output, next_T: Tensor) -> Tensor:
         """Hidden vectors of the MTP block behind the last run, [T, D]."""
         return self._model.predict_second(output, next_T, self._state)[0]
 
-
-class StepGraph(FixedStep):
-    """A captured step."""
-
-    _graph: torch.cuda.CUDAGraph | None = None
-    _result: tuple[Output, Tensor] | None = None
-
     def compute(self) -> tuple[Output, Tensor]:
+        """The step with what its tensors hold. Repeated, it writes the same values into the same rows."""
         if self._graph is None:
             self._capture()
         assert self._graph is not None
@@ -89,16 +80,13 @@ class StepGraph(FixedStep):
         return output, self._model.logits(self._model.hidden(output.streams_TSD))
 
 
-StepMaker = Callable[[Transformer, State, int, int, int], FixedStep]
-
-
 class FixedSteps:
     """The fixed steps of a model and its state, made when their shape comes up. padding_slot: a slot of nobody."""
 
-    def __init__(self, model: Transformer, state: State, padding_slot: int, make: StepMaker):
-        self._model, self._state, self._padding_slot, self._make = model, state, padding_slot, make
-        self._steps: dict[tuple[int, int, int], FixedStep] = {}
-        self._latest: tuple[Output, FixedStep] | None = None
+    def __init__(self, model: Transformer, state: State, padding_slot: int):
+        self._model, self._state, self._padding_slot = model, state, padding_slot
+        self._steps: dict[tuple[int, int, int], StepGraph] = {}
+        self._latest: tuple[Output, StepGraph] | None = None
 
     def run(self, tokens_T: Tensor, past: ListOf[int], slots: ListOf[int]) -> tuple[Output, Tensor]:
         """A step that brings the same number of tokens of each sequence; they are int64, on the host or on the device.
@@ -107,7 +95,7 @@ class FixedSteps:
         longest = self._longest(max(past) + length)
         key = len(past) + padding, length, longest
         if key not in self._steps:
-            self._steps[key] = self._make(self._model, self._state, *key)
+            self._steps[key] = StepGraph(self._model, self._state, *key)
         step = self._steps[key]
         output, logits_TV = step.run(
             torch.nn.functional.pad(tokens_T, (0, padding * length)) if padding else tokens_T,
@@ -118,7 +106,7 @@ class FixedSteps:
         return output, logits_TV
 
     @property
-    def made(self) -> list[FixedStep]:
+    def made(self) -> list[StepGraph]:
         """The steps so far, in the order in which their shapes came up."""
         return list(self._steps.values())
 
@@ -127,7 +115,7 @@ class FixedSteps:
         """A capture takes none to speak of."""
         return 0.0
 
-    def step_of(self, output: Output) -> FixedStep | None:
+    def step_of(self, output: Output) -> StepGraph | None:
         """The step whose latest run gave this output; None when it was not the latest, or none of them."""
         return self._latest[1] if self._latest is not None and self._latest[0] is output else None
 
